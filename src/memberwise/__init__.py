@@ -1,0 +1,1 @@
+"""Memberwise: train and run many PyTorch models as one."""

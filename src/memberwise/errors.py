@@ -1,0 +1,68 @@
+"""Every error and warning of Memberwise: a stable code each, and one message builder."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+CODES: dict[str, str] = {
+    "MW101": "there is no model to stack",
+    "MW102": "the models are of different classes",
+    "MW103": "the models differ where one stack needs them equal",
+    "MW104": "a parameter or buffer has no values yet (a lazy module)",
+    "MW105": "one object is shared by all members without being declared shared",
+    "MW106": "the members differ outside their tensors",
+    "MW201": "vmap was called with arguments it cannot map",
+    "MW202": "a random operation was called under randomness='error'",
+    "MW203": "a returned value cannot be stacked",
+    "MW204": "a value is of a kind that cannot be stacked",
+    "MW205": "a write of a member's value reached a tensor that all members share, where no way back exists",
+    "MW206": "an operation ran member by member",
+    "MW207": "a function or module ran member by member",
+}
+"""What each code means. MW1xx state, MW2xx engine, MW3xx Stack, MW4xx training, MW5xx capture, MW6xx checks."""
+
+
+class MemberwiseError(Exception):
+    """Base of all errors of Memberwise; `code` is stable across releases."""
+
+    code: str = ""
+
+
+class StateError(MemberwiseError, RuntimeError):
+    """Models, or their tensors, do not fit together in one stack (torch raises RuntimeError here)."""
+
+
+class ArgumentError(MemberwiseError, ValueError):
+    """An argument is malformed (torch raises ValueError here)."""
+
+
+class EngineError(MemberwiseError, RuntimeError):
+    """An operation cannot run for all members (torch raises RuntimeError here)."""
+
+
+class StackWarning(UserWarning):
+    """Something about a stack that is legal, and that its owner should know."""
+
+
+def text(code: str, what: str, *, do: str = "") -> str:
+    """Build a message: what was expected and found, what to do about it, and the code.
+
+    >>> text("MW103", "member 3: parameter 'w' has shape (4, 3), members 0-2 have (4, 4)", do="Regroup them.")
+    "member 3: parameter 'w' has shape (4, 3), members 0-2 have (4, 4). Regroup them. [MW103]"
+    """
+    if code not in CODES:
+        raise KeyError(f"unknown code {code}")
+    parts = [what.rstrip(".") + ".", do.rstrip(".") + "." if do else "", f"[{code}]"]
+    return " ".join(part for part in parts if part)
+
+
+def fail(kind: type[MemberwiseError], code: str, what: str, *, do: str = "") -> NoReturn:
+    """Raise `kind` with the message of `text()` and its code attached."""
+    raise build(kind, code, what, do=do)
+
+
+def build(kind: type[MemberwiseError], code: str, what: str, *, do: str = "") -> MemberwiseError:
+    """The error that `fail` raises, for callers that raise it themselves (`from` another)."""
+    error = kind(text(code, what, do=do))
+    error.code = code
+    return error
