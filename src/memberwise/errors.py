@@ -17,7 +17,19 @@ CODES: dict[str, str] = {
     "MW204": "a value is of a kind that cannot be stacked",
     "MW205": "a write of a member's value reached a tensor that all members share, where no way back exists",
     "MW206": "an operation ran member by member",
+    "MW208": "the host read a value in which the members differ, where no way back exists",
     "MW207": "a function or module ran member by member",
+    "MW401": "a hyperparameter has a wrong number of values",
+    "MW402": "a hyperparameter has a value out of its range",
+    "MW403": "members have different values where all must have one",
+    "MW404": "parameters do not fit together in one optimizer",
+    "MW405": "a gradient is not strided",
+    "MW406": "an optimizer was traced before its state was made",
+    "MW407": "a member's gradient norm is not finite",
+    "MW408": "a state dict does not fit the optimizer",
+    "MW409": "one number was asked of a hyperparameter that has one value a member",
+    "MW410": "indices do not name members",
+    "MW411": "members cannot be selected from a part of the state",
 }
 """What each code means. MW1xx state, MW2xx engine, MW3xx Stack, MW4xx training, MW5xx capture, MW6xx checks."""
 

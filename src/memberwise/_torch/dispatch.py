@@ -1,0 +1,63 @@
+"""Dispatch modes and autograd nodes at the speed of C.
+
+Public torch enters a mode with `with mode:` (2 us: Python-level bookkeeping for infra modes) and applies a
+Function with `Function.apply` (1.5 us of checks for functorch, which the callers here have made). What is
+missing is a public push and pop of one mode, and an `apply` without the functorch preamble.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
+
+__all__ = [
+    "DisableTorchFunctionSubclass",
+    "DispatchMode",
+    "applier",
+    "functorch_active",
+    "make_wrapper",
+    "mode_depth",
+    "pop_mode",
+    "push_mode",
+    "suspended",
+    "top_mode",
+]
+
+make_wrapper = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined] # the only wrapper factory
+functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+push_mode: Callable[[Any], None] = torch._C._push_on_torch_dispatch_stack
+mode_depth: Callable[[], int] = torch._C._len_torch_dispatch_stack
+DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
+
+
+def pop_mode() -> Any:
+    """Take the innermost dispatch mode off and return it."""
+    return torch._C._pop_torch_dispatch_stack(None)
+
+
+def top_mode() -> Any:
+    """The innermost dispatch mode, or None."""
+    depth = mode_depth()
+    return torch._C._get_dispatch_stack_at(depth - 1) if depth else None
+
+
+@contextmanager
+def suspended(mode: Any) -> Iterator[None]:
+    """Run without `mode`, if it is the innermost one; modes that a user pushed inside stay."""
+    if top_mode() is not mode:
+        yield
+        return
+    pop_mode()
+    try:
+        yield
+    finally:
+        push_mode(mode)
+
+
+def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` without the functorch preamble; only for use where no transform is active."""
+    return torch._C._FunctionBase.__dict__["apply"].__get__(None, function)

@@ -1,0 +1,105 @@
+"""One vmapped call: its members, its streams, and the tensors and draws that are made inside it.
+
+A `Region` is also the dispatch mode that is on while the call runs, so that it sees what no member tensor takes
+part in: `torch.zeros(3)`, `torch.randn(3)`, a mask made of plain tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from memberwise._torch.dispatch import DispatchMode
+from memberwise.engine.crossing import total
+from memberwise.engine.tensor import MemberTensor
+
+_classes: list[type[MemberTensor]] = [MemberTensor]
+
+
+def tensor_class(level: int) -> type[MemberTensor]:
+    """The member class of a nesting level; each derives from the outer one, so dispatch picks the innermost."""
+    while len(_classes) <= level:
+        _classes.append(type(f"MemberTensor{len(_classes)}", (_classes[-1],), {}))
+    return _classes[level]
+
+
+class Region(DispatchMode):
+    """One call of `vmap` or of a `Stack`.
+
+    Attributes:
+        batch_size: M.
+        randomness: "error", "different" or "same", as in `torch.vmap`.
+        generators: one `torch.Generator` a member, or None.
+        tensor_class: the member class of this nesting level.
+        journal: what was overwritten of memory that outlives the call, for undo.
+        running: whether the call is still under way (its backward may come later).
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        level: int = 0,
+        randomness: str = "error",
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> None:
+        self.batch_size = batch_size
+        self.level = level
+        self.randomness = randomness
+        self.generators = generators
+        self.tensor_class = tensor_class(level)
+        self.journal: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.touched: set[int] = set()
+        self.watched: dict[int, torch.Tensor] = {}
+        self.running = False
+        self._streams: list[tuple[torch.Generator, torch.Tensor]] | None = None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch wraps the handler in a call of its own, 1 us an operation
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return MemberTensor._on_dispatch(func, args, kwargs, self)
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        """Remember the values of memory that outlives the call, before the first write to it."""
+        if id(tensor) not in self.touched and self.running:
+            self.touched.add(id(tensor))
+            self.journal.append((tensor, tensor.detach().clone()))
+
+    def keep_streams(self) -> None:
+        """Remember where the random streams stand, before the first draw."""
+        if self._streams is None and self.running:
+            used = self.generators if self.generators is not None else [torch.default_generator]
+            self._streams = [(generator, generator.get_state()) for generator in used]
+
+    def rewind_streams(self) -> None:
+        """Put the random streams back to where they stood before the first draw."""
+        for generator, state in self._streams or ():
+            generator.set_state(state)
+
+    def forget(self) -> None:
+        """The run is over: there is nothing left to undo."""
+        self.journal.clear()
+        self.touched.clear()
+        self._streams = None
+
+    def watch(self, tensor: torch.Tensor) -> None:
+        """See to it that a plain tensor used inside gets the sum of its members' gradients, as in a loop."""
+        if id(tensor) in self.watched:
+            return
+        self.watched[id(tensor)] = tensor
+        if not getattr(tensor, "_memberwise_watched", False):
+            tensor._memberwise_watched = True  # type: ignore[attr-defined] # one hook a tensor, however many calls
+            tensor.register_hook(sum_outside)
+
+
+def sum_outside(grad: torch.Tensor) -> torch.Tensor:
+    """Gradient hook of a plain tensor: the sum over members, unless its call still runs and wants each one's."""
+    if isinstance(grad, MemberTensor) and not grad._region.running:
+        return total(grad)
+    return grad
+
+
+sum_outside.__torch_unserialize__ = True  # type: ignore[attr-defined] # torch.save need not warn of this hook

@@ -1,0 +1,149 @@
+"""The arguments of a vmapped call, flat: which leaf has a member axis and where; and what one member sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from memberwise._torch.pytree import broadcast_to_and_flatten, tree_flatten, tree_unflatten
+from memberwise.engine.ambient import Region
+from memberwise.engine.crossing import enter
+from memberwise.engine.slots import Slots, Swap
+from memberwise.errors import ArgumentError, fail
+from memberwise.trees import Each
+
+
+def slots_of(leaf: Any) -> Slots | None:
+    """The slots of a stack; a class takes part by one method, `__memberwise_slots__`."""
+    method = getattr(type(leaf), "__memberwise_slots__", None)
+    return None if method is None else method(leaf)
+
+
+class Arguments:
+    """Flat leaves with a member axis (an int) or without (None).
+
+    Attributes:
+        leaves, dims: each leaf, and where its member axis is; a `Slots` stands for a stack.
+        build: puts leaves back into `(args, kwargs)`.
+        size: M.
+    """
+
+    def __init__(self, leaves: list[Any], dims: list[int | None], build: Callable[[list[Any]], Any]) -> None:
+        self.leaves = leaves
+        self.dims = dims
+        self.build = build
+        self.size = _size(leaves, dims)
+
+    def enter(self, region: Region) -> tuple[list[Any], list[tuple[Slots, Swap]]]:
+        """Leaves as code inside sees them."""
+        inside = list(self.leaves)
+        swaps: list[tuple[Slots, Swap]] = []
+        places = [k for k, leaf in enumerate(inside) if isinstance(leaf, torch.Tensor)]
+        tensors = [_first(inside[k], self.dims[k]) for k in places]
+        entered = enter(tensors, [self.dims[k] is not None for k in places], region)
+        for k, member in zip(places, entered, strict=True):
+            inside[k] = member
+        try:
+            for k, leaf in enumerate(inside):
+                if isinstance(leaf, Slots):
+                    swaps.append((leaf, leaf.enter(region)))
+                    inside[k] = leaf.template
+        except BaseException:
+            for slots, swap in swaps:
+                slots.restore(swap)
+            raise
+        return inside, swaps
+
+    def narrow(self, low: int, high: int) -> Arguments:
+        """The same arguments for members `low` to `high`."""
+        cut: list[Any] = []
+        for leaf, dim in zip(self.leaves, self.dims, strict=True):
+            if isinstance(leaf, Slots):
+                leaf = leaf.narrowed(low, high)
+            elif dim is not None:
+                leaf = leaf.narrow(dim, low, high - low)
+            cut.append(leaf)
+        return Arguments(cut, self.dims, self.build)
+
+
+def _first(tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
+    return tensor if not dim else tensor.movedim(dim, 0)
+
+
+def mapped(name: str, in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """Arguments of `vmap(func, in_dims)(*args, **kwargs)`, validated as `torch.vmap` does."""
+    where = f"vmap({name}, in_dims={in_dims}, ...)(<inputs>)"
+    if not isinstance(in_dims, int | tuple):
+        _bad(where, f"expected `in_dims` to be int or a (nested) tuple like the inputs, got {type(in_dims)}")
+    if not args and not kwargs:
+        _bad(f"vmap({name})(<inputs>)", "got no inputs; a function without inputs cannot be mapped")
+    flat, spec = tree_flatten(args)
+    dims = broadcast_to_and_flatten(in_dims, spec)
+    if dims is None:
+        _bad(where, f"in_dims is not compatible with the structure of the inputs, which is {spec}")
+    flat_kwargs, kwargs_spec = tree_flatten(kwargs)
+    leaves = [_unmark(leaf) for leaf in [*flat, *flat_kwargs]]
+    checked = [
+        _check_dim(where, k, given, dim)
+        for k, (given, dim) in enumerate(
+            zip([*flat, *flat_kwargs], [*dims, *[None] * len(flat_kwargs)], strict=True)
+        )
+    ]
+    count = len(flat)
+
+    def build(inside: list[Any]) -> Any:
+        return tree_unflatten(inside[:count], spec), tree_unflatten(inside[count:], kwargs_spec)
+
+    return Arguments(leaves, checked, build)
+
+
+def _unmark(leaf: Any) -> Any:
+    if type(leaf) is Each:
+        return leaf.value
+    return slots_of(leaf) or leaf
+
+
+def _check_dim(where: str, place: int, leaf: Any, dim: Any) -> int | None:
+    if type(leaf) is Each:
+        return leaf.dim % max(leaf.value.ndim, 1)
+    if dim is not None and not isinstance(dim, int):
+        _bad(where, f"got in_dim={dim} for input {place}; it must be an int or None")
+    if dim is None:
+        return None
+    if slots_of(leaf) is not None:
+        if dim != 0:
+            _bad(where, f"got in_dim={dim} for a stack, whose members are at 0")
+        return 0
+    if not isinstance(leaf, torch.Tensor):
+        _bad(
+            where, f"got in_dim={dim} for an input of type {type(leaf)}, which is no Tensor; use None for it"
+        )
+    if not -leaf.ndim <= dim < leaf.ndim:
+        _bad(
+            where,
+            f"got in_dim={dim} for a Tensor of dimensionality {leaf.ndim}, "
+            f"so expected in_dim to satisfy -{leaf.ndim} <= in_dim < {leaf.ndim}",
+        )
+    return dim % leaf.ndim
+
+
+def _bad(where: str, what: str) -> Any:
+    fail(ArgumentError, "MW201", f"{where}: {what}")
+
+
+def _size(leaves: list[Any], dims: list[int | None]) -> int:
+    sizes = [
+        leaf.size() if isinstance(leaf, Slots) else leaf.shape[dim]
+        for leaf, dim in zip(leaves, dims, strict=True)
+        if dim is not None or isinstance(leaf, Slots)
+    ]
+    sizes = [size for size in sizes if size is not None]
+    if not sizes:
+        _bad("vmap", "Expected at least one Tensor (or stack) to vmap over")
+    if any(size != sizes[0] for size in sizes):
+        _bad("vmap", f"Expected all tensors to have the same size in the mapped dimension, got sizes {sizes}")
+    if sizes[0] == 0:
+        _bad("vmap", "the mapped dimension has size 0; there is no member to run")
+    return sizes[0]

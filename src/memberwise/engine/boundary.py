@@ -1,0 +1,172 @@
+"""vmap: in, through, and out. The first of the four files that a member's tensor passes."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from memberwise._torch.dispatch import pop_mode, push_mode
+from memberwise.engine import retreat
+from memberwise.engine.ambient import Region
+from memberwise.engine.arguments import Arguments, mapped
+from memberwise.engine.crossing import total
+from memberwise.engine.outputs import bad, check_out_dims, leaf_dims, outputs
+from memberwise.engine.signals import Retreat
+from memberwise.engine.tensor import MemberTensor
+from memberwise.trees import tree_transpose_map
+
+
+class _Local(threading.local):
+    regions: tuple[Region, ...] = ()
+
+
+_local = _Local()
+
+
+def vmap(
+    func: Callable[..., Any],
+    in_dims: int | tuple[Any, ...] = 0,
+    out_dims: int | tuple[int | None, ...] | None = 0,
+    randomness: str = "error",
+    *,
+    chunk_size: int | None = None,
+    generators: Sequence[torch.Generator] | None = None,
+) -> Callable[..., Any]:
+    """Map `func`, written for one member, over all M: `torch.vmap` in which each member runs as it would alone.
+
+    Shapes: an input with `in_dims` d has M at d; `func` sees the other dimensions. An output gets M at its
+    `out_dims`. A `Stack` may be an argument (its `in_dims` is 0), and `each(x)` marks a leaf, in kwargs too.
+
+    Args:
+        func: takes and returns any structure of tensors and other values; the latter are returned as they are.
+        in_dims: as in `torch.vmap`: an int, None, or a nested tuple of them like the inputs.
+        out_dims: as in `torch.vmap`.
+        randomness: "error", "different" (each member draws its own) or "same".
+        chunk_size: run at most so many members at once.
+        generators: one `torch.Generator` a member: member i draws as its lone run would. Implies "different".
+
+    Raises:
+        ArgumentError: (a ValueError) the inputs and `in_dims` do not fit [MW201].
+        EngineError: (a RuntimeError) a draw under randomness="error" [MW202].
+
+    >>> import torch
+    >>> vmap(torch.dot)(torch.ones(3, 5), torch.ones(3, 5))
+    tensor([5., 5., 5.])
+    """
+    if randomness not in ("error", "different", "same"):
+        bad(f"randomness must be 'error', 'different' or 'same', got {randomness!r}")
+    if chunk_size is not None and chunk_size <= 0:
+        bad(f"vmap: chunk_size should be None or greater than 0. (got {chunk_size})")
+    name = _name(func)
+
+    @functools.wraps(func, updated=())
+    def mapped_func(*args: Any, **kwargs: Any) -> Any:
+        check_out_dims(name, out_dims)
+        arguments = mapped(name, in_dims, args, kwargs)
+        streams = _check_generators(generators, arguments.size)
+        mode = "different" if streams is not None else randomness
+        return run(func, arguments, out_dims, mode, streams, chunk_size)
+
+    return mapped_func
+
+
+def run(
+    func: Callable[..., Any],
+    arguments: Arguments,
+    out_dims: Any = 0,
+    randomness: str = "error",
+    generators: Sequence[torch.Generator] | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Run `func` for all members of `arguments`, in chunks of members if asked to."""
+    size = arguments.size
+    if chunk_size is None or chunk_size >= size:
+        return _run_chunk(func, arguments, out_dims, randomness, generators)
+    outs = []
+    for low in range(0, size, chunk_size):
+        high = min(low + chunk_size, size)
+        streams = None if generators is None else generators[low:high]
+        outs.append(_run_chunk(func, arguments.narrow(low, high), out_dims, randomness, streams))
+    dims = iter(leaf_dims(_name(func), outs[0], out_dims))
+    return tree_transpose_map(lambda column: _join(column, next(dims)), outs)
+
+
+def _join(column: list[Any], dim: int | None) -> Any:
+    if dim is None or not isinstance(column[0], torch.Tensor):
+        return column[0]
+    return torch.cat(column, dim)
+
+
+def _run_chunk(
+    func: Callable[..., Any], arguments: Arguments, out_dims: Any, randomness: str, generators: Any
+) -> Any:
+    region = Region(arguments.size, len(_local.regions), randomness, generators)
+    while True:
+        try:
+            return _run_stacked(func, arguments, out_dims, region)
+        except Retreat as signal:
+            if signal.region is not region:
+                raise
+            if not retreat.to_module(signal, arguments):
+                return retreat.by_members(func, arguments, out_dims, region, signal)
+
+
+def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, region: Region) -> Any:
+    """All members at once; on a Retreat, everything it changed is undone."""
+    outer = _local.regions
+    inside, swaps = arguments.enter(region)
+    region.running = True
+    _local.regions = (*outer, region)
+    push_mode(region)
+    try:
+        try:
+            with retreat.modules_by_members(swaps, region):
+                args, kwargs = arguments.build(inside)
+                out = func(*args, **kwargs)
+        finally:
+            _take_off(region)
+            _local.regions = outer
+        result = outputs(out, out_dims, region, _name(func))
+        for slots, swap in swaps:
+            slots.leave(swap, region)
+    except Retreat:
+        retreat.undo(region, swaps)
+        raise
+    except BaseException:
+        for slots, swap in swaps:
+            slots.restore(swap)
+        raise
+    finally:
+        region.running = False
+        region.forget()
+    _sum_leaf_gradients(region)
+    return result
+
+
+def _take_off(region: Region) -> None:
+    """Pop the region's mode, and any that a failed call left above it."""
+    while pop_mode() is not region:
+        pass
+
+
+def _sum_leaf_gradients(region: Region) -> None:
+    """A backward inside the call left member tensors in the `.grad` of shared leaves; they get the sum."""
+    for tensor in region.watched.values():
+        if tensor.is_leaf and isinstance(tensor.grad, MemberTensor):
+            tensor.grad = total(tensor.grad, region).detach()
+
+
+def _check_generators(generators: Any, size: int) -> Any:
+    if generators is not None and len(generators) != size:
+        bad(f"vmap: got {len(generators)} generators for {size} members; give one a member")
+    return generators
+
+
+def _name(func: Any) -> str:
+    if isinstance(func, functools.partial):
+        return f"functools.partial({_name(func.func)}, ...)"
+    return getattr(func, "__name__", None) or repr(func)

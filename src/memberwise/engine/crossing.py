@@ -1,0 +1,117 @@
+"""Where autograd goes in and out of a call: plain stacked tensors to member tensors, and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from memberwise._torch.dispatch import applier, functorch_active
+from memberwise.engine.tensor import MemberTensor, stacked, wrap, wrap_unbatched
+
+if TYPE_CHECKING:
+    from memberwise.engine.ambient import Region
+
+
+class Enter(torch.autograd.Function):
+    """`(M, *s)` tensors, or shared ones, as member tensors; their gradients stacked, or summed over members."""
+
+    @staticmethod
+    def forward(region: Region, batched: tuple[bool, ...], *tensors: torch.Tensor) -> Any:
+        return tuple(_inside(t, held, region) for t, held in zip(tensors, batched, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.region, ctx.batched = inputs[0], inputs[1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        region = ctx.region
+        pairs = zip(grads, ctx.batched, strict=True)
+        return (
+            None,
+            None,
+            *(
+                None if grad is None else leave(grad, region) if held else total(grad, region)
+                for grad, held in pairs
+            ),
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, region: Region, batched: Any, *tensors: torch.Tensor) -> Any:
+        moved = [
+            t if dim is None else t.movedim(dim, 1 if held else 0)
+            for t, dim, held in zip(tensors, in_dims[2:], batched, strict=True)
+        ]
+        out_dims = tuple(None if dim is None else 0 for dim in in_dims[2:])
+        return Enter.apply(region, batched, *moved), out_dims
+
+
+class Exit(torch.autograd.Function):
+    """A member tensor as the plain `(M, *s)` tensor it holds."""
+
+    @staticmethod
+    def forward(value: torch.Tensor, region: Region) -> torch.Tensor:
+        out = stacked(value, region)
+        return torch.ops.aten.alias(out) if getattr(value, "_outside", True) else out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.region = inputs[1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return (None if grad is None else enter([grad], [True], ctx.region)[0]), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, value: torch.Tensor, region: Region) -> Any:
+        return Exit.apply(value, region), None if in_dims[0] is None else in_dims[0] + 1
+
+
+_enter = applier(Enter)
+_exit = applier(Exit)
+
+
+def _inside(tensor: torch.Tensor, batched: bool, region: Region) -> MemberTensor:
+    if not batched:
+        return wrap_unbatched(tensor, region, outside=True)
+    member = wrap(tensor, region)
+    member._outside = True
+    member._base = tensor.storage_offset()
+    return member
+
+
+def enter(tensors: list[torch.Tensor], batched: list[bool], region: Region) -> list[torch.Tensor]:
+    """Member tensors for plain ones; `batched[k]` says whether `tensors[k]` has the member axis, at 0."""
+    if functorch_active():
+        return list(Enter.apply(region, tuple(batched), *tensors))  # type: ignore[arg-type] # a tuple of tensors
+    if not torch.is_grad_enabled():
+        return [_inside(t, held, region) for t, held in zip(tensors, batched, strict=True)]
+    tracked = [k for k, t in enumerate(tensors) if t.requires_grad]
+    if len(tracked) == len(tensors) and tensors:
+        return list(_enter(region, tuple(batched), *tensors))
+    out = [_inside(t, held, region) for t, held in zip(tensors, batched, strict=True)]
+    if tracked:
+        entered = _enter(region, tuple(batched[k] for k in tracked), *(tensors[k] for k in tracked))
+        for k, member in zip(tracked, entered, strict=True):
+            out[k] = member
+    return out
+
+
+def leave(value: torch.Tensor, region: Region) -> torch.Tensor:
+    """The plain `(M, *s)` tensor of a member tensor, or of a tensor that is equal in all members."""
+    if functorch_active():
+        return Exit.apply(value, region)  # type: ignore[return-value] # one tensor
+    if value.requires_grad and torch.is_grad_enabled():
+        return _exit(value, region)
+    out = stacked(value, region)
+    return torch.ops.aten.alias(out) if getattr(value, "_outside", True) else out
+
+
+def total(grad: torch.Tensor, region: Region | None = None) -> torch.Tensor:
+    """The sum over members of a gradient: what a shared tensor receives."""
+    if region is None:
+        region = grad._region  # type: ignore[attr-defined] # the hook that calls so has a member tensor
+    return leave(grad, region).sum(0)

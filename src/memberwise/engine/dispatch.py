@@ -1,0 +1,228 @@
+"""The ladder: each ATen operation by its rule, by torch's batching, or by members.
+
+`run` is the one place where a member axis is added to an operation, forward or backward. It unwraps once, takes
+the first rung that serves, and wraps once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from memberwise.engine import ladder, trace
+from memberwise.engine.ambient import Region
+from memberwise.engine.layout import promote, settle
+from memberwise.engine.operation import Operation, describe
+from memberwise.engine.signals import Retreat
+from memberwise.engine.tensor import MemberTensor, wrap, wrap_contiguous, wrap_unbatched, wrap_view
+from memberwise.errors import EngineError, fail
+
+
+def on_dispatch(func: Any, args: Any, kwargs: Any, region: Region | None = None) -> Any:
+    """Entry from `__torch_dispatch__`: of a region's mode (all operations inside), or of a member tensor."""
+    call = Call(describe(func), region)
+    call.unwrap(args, kwargs or {})
+    return call.run()
+
+
+MemberTensor._on_dispatch = on_dispatch
+
+
+class Call:
+    """One operation on its way down the ladder."""
+
+    __slots__ = (
+        "args",
+        "batched",
+        "differs",
+        "dims",
+        "kwargs",
+        "member",
+        "op",
+        "plain",
+        "region",
+        "tensor_class",
+        "values",
+        "watched",
+    )  # fmt: skip
+
+    def __init__(self, op: Operation, region: Region | None) -> None:
+        self.op = op
+        self.region = region
+        self.tensor_class = None if region is None else region.tensor_class
+        self.batched = False
+        self.differs = False
+        self.member: MemberTensor | None = None
+        self.plain: list[torch.Tensor] | None = None
+
+    def unwrap(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """Split the arguments into stacked values and where their member axis is (0 or None)."""
+        self.args = args
+        if self.tensor_class is None:
+            self._find_level(args, kwargs)
+        values: list[Any] = []
+        dims: list[Any] = []
+        for arg in args:
+            value, dim = self._take(arg)
+            values.append(value)
+            dims.append(dim)
+        self.values = values
+        self.dims = dims
+        if kwargs:
+            kwargs = (
+                {name: self._take(arg)[0] for name, arg in kwargs.items()} if _tensors(kwargs) else kwargs
+            )
+        self.kwargs = kwargs
+
+    def _take(self, arg: Any) -> tuple[Any, Any]:
+        if type(arg) is self.tensor_class:
+            if self.member is None:
+                self.member = arg
+            if arg._differs:
+                if self.op.is_view:
+                    settle(arg)
+                self.differs = True
+            if arg._batched:
+                self.batched = True
+                return arg._inner, 0
+            return arg._inner, None
+        if type(arg) in (list, tuple):
+            pairs = [self._take(entry) for entry in arg]
+            return [value for value, _ in pairs], [dim for _, dim in pairs]
+        if isinstance(arg, torch.Tensor):
+            if self.plain is None:
+                self.plain = []
+            self.plain.append(arg)
+        return arg, None
+
+    def _find_level(self, args: Any, kwargs: dict[str, Any]) -> None:
+        for arg in _flat([*args, *kwargs.values()]):
+            if isinstance(arg, MemberTensor):
+                found = arg._region
+                if self.region is None or found.level > self.region.level:
+                    self.region = found
+        assert self.region is not None
+        self.tensor_class = self.region.tensor_class
+
+    def run(self) -> Any:
+        """Take the first rung that serves."""
+        op = self.op
+        region = self.region
+        assert region is not None
+        if self.plain is not None and self.member is not None and torch.is_grad_enabled():
+            for tensor in self.plain:
+                if tensor.requires_grad:
+                    region.watch(tensor)
+        if op.is_host and self.batched:
+            return ladder.agreement(op, region, self.values, self.dims, self.kwargs)
+        draws = op.is_random and ladder.draws_apart(op, region, self.batched, self.values, self.kwargs)
+        if op.written:
+            self._before_write(self.batched or draws)
+        if not self.batched and not draws:
+            return self._wrap_equal(self._record("shared", op.func, *self.values, **self.kwargs))
+        out, dims = ladder.descend(op, region, self.values, self.dims, self.kwargs)
+        return self._give_back() if op.returned else self._wrap(out, dims)
+
+    def _record(self, path: str, func: Any, *values: Any, **kwargs: Any) -> Any:
+        if trace.active is None:
+            return func(*values, **kwargs)
+        start = trace.clock()
+        out = func(*values, **kwargs)
+        trace.active.note(self.op.name, path, "", trace.clock() - start)
+        return out
+
+    def _before_write(self, apart: bool) -> None:
+        """Prepare what is about to be written: own memory a member, and a way back."""
+        region = self.region
+        assert region is not None
+        for place in self.op.written:
+            target = self._argument(place)
+            if target is None:
+                continue
+            for tensor in target if isinstance(target, list | tuple) else (target,):
+                self._prepare(tensor, apart, region)
+        if apart and self.member is not None:
+            self.batched = True
+            self.unwrap_again()
+
+    def unwrap_again(self) -> None:
+        """Read the inner tensors anew, after a promotion replaced some."""
+        pairs = [self._take(arg) for arg in self.args]
+        self.values = [value for value, _ in pairs]
+        self.dims = [dim for _, dim in pairs]
+
+    def _argument(self, place: int | str) -> Any:
+        if isinstance(place, str):
+            return self.kwargs.get(place)
+        return self.args[place] if place < len(self.args) else None
+
+    def _prepare(self, target: Any, apart: bool, region: Region) -> None:
+        if type(target) is not self.tensor_class:
+            if apart and isinstance(target, torch.Tensor):
+                self._refuse_shared_write(region)
+            if isinstance(target, torch.Tensor):
+                region.keep(target)
+            return
+        if apart and not target._batched:
+            if target._outside or target._family is None:
+                self._refuse_shared_write(region)
+            promote(target)
+        elif target._outside:
+            region.keep(target._inner)
+
+    def _refuse_shared_write(self, region: Region) -> None:
+        what = f"{self.op.name} writes a member's value into a tensor that all members share"
+        if region.running:
+            raise Retreat(what, region)
+        fail(EngineError, "MW205", what, do="Clone the tensor inside the function before writing to it")
+
+    def _give_back(self) -> Any:
+        """Return the written arguments themselves, as an in-place operation does."""
+        found = tuple(self._argument(place) for place in self.op.returned if place is not None)
+        return found[0] if len(found) == 1 else found
+
+    def _wrap(self, out: Any, dims: Any) -> Any:
+        op = self.op
+        if isinstance(out, torch.Tensor):
+            if dims is None:
+                return wrap_unbatched(out, self.region)  # type: ignore[arg-type] # checked in run
+            if op.is_view and type(self.args[0]) is self.tensor_class:
+                return wrap_view(out, self.args[0])
+            if self.differs or op.lone_contiguous:
+                return wrap_contiguous(out, self.region)  # type: ignore[arg-type] # checked in run
+            return wrap(out, self.region)  # type: ignore[arg-type] # checked in run
+        if isinstance(out, list | tuple):
+            each = dims if isinstance(dims, list | tuple) else [dims] * len(out)
+            return type(out)(self._wrap(entry, dim) for entry, dim in zip(out, each, strict=True))
+        return out
+
+    def _wrap_equal(self, out: Any) -> Any:
+        """Wrap a result that is equal in all members: fresh, or a view of what it was made from."""
+        op = self.op
+        if op.returned:
+            return self._give_back()
+        if self.member is None and op.is_view:
+            return out
+        return self._wrap_equal_entry(out)
+
+    def _wrap_equal_entry(self, out: Any) -> Any:
+        if isinstance(out, torch.Tensor):
+            if self.op.is_view and type(self.args[0]) is self.tensor_class:
+                return wrap_view(out, self.args[0])
+            return wrap_unbatched(out, self.region)  # type: ignore[arg-type] # checked in run
+        if isinstance(out, list | tuple):
+            return type(out)(self._wrap_equal_entry(entry) for entry in out)
+        return out
+
+
+def _flat(values: Any) -> Any:
+    for value in values:
+        if type(value) in (list, tuple):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _tensors(kwargs: dict[str, Any]) -> bool:
+    return any(isinstance(value, torch.Tensor | list | tuple) for value in kwargs.values())

@@ -1,0 +1,117 @@
+"""The rungs below the unwrapping: a rule, torch's batching of one op, the op member by member; and agreement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from memberwise._torch.functorch import Unbatchable, batch
+from memberwise.engine import trace
+from memberwise.engine.ambient import Region
+from memberwise.engine.operation import Operation
+from memberwise.engine.signals import Decline, Retreat
+from memberwise.errors import EngineError, fail
+from memberwise.rules import random
+
+
+def descend(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> tuple[Any, Any]:
+    """`(out, out_dims)` of one operation with at least one stacked argument, or drawn apart."""
+    record = trace.active
+    start = trace.clock() if record is not None else 0.0
+    path, reason = "rule", ""
+    found = None
+    if op.rule is not None:
+        found = op.rule(region, dims, *values, **kwargs)
+        if type(found) is Decline:
+            reason, found = found.reason, None
+    if found is None and op.is_random and random.draws(op, values, kwargs):
+        found = random.draw(op, region, values, dims, kwargs)
+        path = "rule"
+    if found is None:
+        found, path, reason = _without_rule(op, region, values, dims, kwargs, reason)
+    if record is not None:
+        record.note(op.name, path, reason, trace.clock() - start)
+    return found
+
+
+def _without_rule(
+    op: Operation, region: Region, values: Any, dims: Any, kwargs: Any, reason: str
+) -> tuple[Any, str, str]:
+    if torch.Tag.dynamic_output_shape in op.func.tags:
+        return (
+            by_member(op, region, values, dims, kwargs),
+            "loop",
+            "the shape of its result depends on values",
+        )
+    try:
+        out = batch(op.func, dims, values, kwargs, region.batch_size, region.randomness)
+        return (out, 0), "vmap", reason
+    except Unbatchable:
+        why = reason or "torch has no batching rule for it"
+        trace.warn_slow(
+            "MW206",
+            f"{op.name} ran member by member: {why}",
+            "Register a rule for it with memberwise.register_rule",
+        )
+        return by_member(op, region, values, dims, kwargs), "loop", why
+
+
+def by_member(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Run one operation on each member's slices; results stacked."""
+    outs = [
+        op.func(*(member_slice(value, dim, i) for value, dim in zip(values, dims, strict=True)), **kwargs)
+        for i in range(region.batch_size)
+    ]
+    return stack_results(outs, op, region), 0
+
+
+def member_slice(value: Any, dim: Any, index: int) -> Any:
+    if isinstance(dim, list):
+        return [member_slice(entry, at, index) for entry, at in zip(value, dim, strict=True)]
+    return value if dim is None else value.select(0, index)
+
+
+def stack_results(outs: list[Any], op: Operation, region: Region) -> Any:
+    first = outs[0]
+    if isinstance(first, torch.Tensor):
+        if any(out.shape != first.shape for out in outs):
+            raise Retreat(f"{op.name} gives the members results of different shapes", region)
+        return torch.stack(outs)
+    if isinstance(first, list | tuple):
+        return type(first)(stack_results(list(column), op, region) for column in zip(*outs, strict=True))
+    if any(out != first for out in outs):
+        raise Retreat(f"{op.name} gives the members different values", region)
+    return first
+
+
+def agreement(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> Any:
+    """The one value that all members read on the host, or a retreat where they differ."""
+    outs = [
+        op.func(*(member_slice(value, dim, i) for value, dim in zip(values, dims, strict=True)), **kwargs)
+        for i in range(region.batch_size)
+    ]
+    first = outs[0]
+    if any(out != first and not (out != out and first != first) for out in outs):
+        what = f"{op.name} reads a value on the host, and the members differ in it"
+        if region.running:
+            raise Retreat(what, region)
+        fail(EngineError, "MW208", what, do="Run the members one by one, or keep the value on the device")
+    if trace.active is not None:
+        trace.active.note(op.name, "agreement", "", 0.0)
+    return first
+
+
+def draws_apart(op: Operation, region: Region, batched: bool, values: Any, kwargs: Any) -> bool:
+    """Whether each member draws its own; raises under randomness="error"."""
+    if not random.draws(op, values, kwargs):
+        return False
+    if region.randomness == "error":
+        fail(
+            EngineError,
+            "MW202",
+            f"vmap: called random operation {op.name} while in randomness error mode",
+            do="Pass randomness='different' or 'same', or one generator a member (generators=)",
+        )
+    region.keep_streams()
+    return region.randomness == "different" or batched

@@ -1,0 +1,54 @@
+"""The two changes a member tensor may go through: to per-member memory, and to the memory order of a lone run.
+
+Both replace memory, so every tensor on that memory changes together; `_family` lists them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from memberwise.engine.tensor import MemberTensor
+
+
+def relatives(member: MemberTensor) -> list[MemberTensor]:
+    """All living member tensors on the memory of `member`."""
+    if member._family is None:
+        return [member]
+    found = [ref() for ref in member._family]
+    return [entry for entry in found if entry is not None]
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    if tensor.numel() == 0:
+        return 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps) + 1
+
+
+def promote(member: MemberTensor) -> None:
+    """Give each member its own copy of a fresh tensor's memory, before a member's value is written into it.
+
+    The whole storage is copied once a member, and each alias keeps its size, strides and offset in the copy.
+    """
+    size = member._region.batch_size
+    inner = member._inner
+    aliases = relatives(member)
+    extent = max(_extent(alias._inner) * alias._inner.element_size() for alias in aliases)
+    extent = -(-extent // inner.element_size())
+    memory = torch.as_strided(inner, (extent,), (1,), 0).expand(size, extent).clone()
+    for alias in aliases:
+        seen = alias._inner
+        source = memory if seen.dtype == memory.dtype else memory.view(seen.dtype)
+        alias._inner = source.as_strided(
+            (size, *seen.shape), (source.stride(0), *seen.stride()), seen.storage_offset()
+        )
+        alias._batched = True
+        alias._base = 0
+
+
+def settle(member: MemberTensor) -> torch.Tensor:
+    """Bring the inner tensor into the declared (contiguous) order, before a view of it is taken."""
+    if member._differs:
+        member._inner = member._inner.contiguous()
+        member._differs = False
+    return member._inner

@@ -1,0 +1,82 @@
+"""What the schema of an ATen operation says, read once: what it writes, what it returns, how it behaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from memberwise.rules.registry import LONE_CONTIGUOUS, RULES, on_change
+
+_WRITES_UNSAID = {"native_batch_norm": (3, 4), "cudnn_batch_norm": (3, 4), "miopen_batch_norm": (3, 4)}
+"""Operations that write arguments which their schema declares untouched."""
+
+
+@dataclass(slots=True)
+class Operation:
+    """One `OpOverload` as the ladder sees it.
+
+    Attributes:
+        written: positions of the arguments it writes; names, where they are keyword-only.
+        returned: for each return, the argument that comes back as it, or None.
+        is_view: whether the results alias the first argument.
+        is_random: whether it draws.
+    """
+
+    func: Any
+    name: str
+    rule: Any
+    written: tuple[int | str, ...]
+    returned: tuple[int | str | None, ...]
+    is_view: bool
+    is_random: bool
+    is_host: bool
+    lone_contiguous: bool = False
+
+
+_KNOWN: dict[Any, Operation] = {}
+
+
+def describe(func: Any) -> Operation:
+    """The cached description of `func`."""
+    known = _KNOWN.get(func)
+    if known is None:
+        known = _KNOWN[func] = _read(func)
+    return known
+
+
+on_change(lambda op: _KNOWN.pop(op, None))
+
+
+def _read(func: Any) -> Operation:
+    schema = getattr(func, "_schema", None)
+    if schema is None:  # a higher-order operator
+        return Operation(func, str(func), RULES.get(func), (), (), False, False, False)
+    places = [arg.name if arg.kwarg_only else k for k, arg in enumerate(schema.arguments)]
+    written = [
+        place
+        for place, arg in zip(places, schema.arguments, strict=True)
+        if arg.alias_info is not None and arg.alias_info.is_write
+    ]
+    sets = {
+        next(iter(arg.alias_info.before_set), None): place
+        for place, arg in zip(places, schema.arguments, strict=True)
+        if arg.alias_info is not None and arg.alias_info.is_write
+    }
+    returned = tuple(
+        None if ret.alias_info is None else sets.get(next(iter(ret.alias_info.before_set), None))
+        for ret in schema.returns
+    )
+    written += _WRITES_UNSAID.get(schema.name.removeprefix("aten::"), ())
+    return Operation(
+        func,
+        schema.name,
+        RULES.get(func),
+        tuple(written),
+        returned if any(place is not None for place in returned) else (),
+        bool(getattr(func, "is_view", False)),
+        torch.Tag.nondeterministic_seeded in func.tags,
+        torch.Tag.data_dependent_output in func.tags,
+        func in LONE_CONTIGUOUS,
+    )

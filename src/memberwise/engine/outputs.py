@@ -1,0 +1,74 @@
+"""The way out of a call: member tensors become plain ones with the member axis at `out_dims`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from memberwise._torch.dispatch import functorch_active
+from memberwise._torch.pytree import broadcast_to_and_flatten, tree_flatten
+from memberwise.engine.ambient import Region
+from memberwise.engine.crossing import leave
+from memberwise.engine.tensor import MemberTensor
+from memberwise.errors import ArgumentError, fail
+from memberwise.trees import tree_leaves, tree_map
+
+
+def outputs(out: Any, out_dims: Any, region: Region, name: str) -> Any:
+    """`out` with each tensor plain; other leaves are returned as they are."""
+    if isinstance(out, torch.Tensor) and type(out_dims) is int:
+        return _leaf(out, out_dims, region, name)
+    dims = iter(leaf_dims(name, out, out_dims))
+    return tree_map(lambda leaf: _leaf(leaf, next(dims), region, name), out)
+
+
+def _leaf(leaf: Any, dim: int | None, region: Region, name: str) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    inside = isinstance(leaf, region.tensor_class) or functorch_active()
+    if dim is None:
+        if isinstance(leaf, MemberTensor) and leaf._batched:
+            bad(f"vmap({name}, ...): `{name}` can not return a BatchedTensor when out_dim is None")
+        return leave(leaf, region)[0] if inside else leaf
+    stacked = leave(leaf, region) if inside else leaf.expand(region.batch_size, *leaf.shape)
+    if not -stacked.ndim <= dim < stacked.ndim:
+        raise IndexError(
+            f"Dimension out of range (expected to be in range of [{-stacked.ndim}, {stacked.ndim - 1}], "
+            f"but got {dim})"
+        )
+    return stacked.movedim(0, dim) if dim else stacked
+
+
+def leaf_dims(name: str, out: Any, out_dims: Any) -> list[int | None]:
+    """One entry for each leaf of `out`, in the order in which `tree_map` meets them."""
+    leaves = tree_leaves(out)
+    if isinstance(out_dims, int) or out_dims is None:
+        return [out_dims] * len(leaves)
+    if isinstance(out, torch.Tensor):
+        if isinstance(out_dims, tuple) and len(out_dims) == 1:
+            return list(out_dims)
+        dims, spec = None, "one Tensor"
+    else:
+        _, spec = tree_flatten(out)
+        dims = broadcast_to_and_flatten(out_dims, spec)
+    if dims is None or len(dims) != len(leaves):
+        bad(
+            f"vmap({name}, ..., out_dims={out_dims})(<inputs>): out_dims is not compatible with the structure "
+            f"of `outputs`, which is {spec}"
+        )
+    return dims
+
+
+def check_out_dims(name: str, out_dims: Any) -> None:
+    """Refuse out_dims that are neither ints nor None, before anything runs."""
+    for dim in tree_leaves(out_dims):
+        if not (dim is None or isinstance(dim, int)):
+            bad(
+                f"vmap({name}, ..., out_dims={out_dims}): `out_dims` must be an int, None or a structure of ints"
+            )
+
+
+def bad(what: str) -> Any:
+    """Refuse an argument of `vmap`."""
+    fail(ArgumentError, "MW201", what)

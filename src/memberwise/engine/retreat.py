@@ -1,0 +1,299 @@
+"""When members part ways: undo what the half-done run changed, then run member by member.
+
+The smallest module of a stack whose forward was running does so; without one, the whole function.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from memberwise._torch.dispatch import DispatchMode, suspended
+from memberwise.engine import trace
+from memberwise.engine.ambient import Region
+from memberwise.engine.arguments import Arguments
+from memberwise.engine.crossing import enter, leave
+from memberwise.engine.signals import Retreat
+from memberwise.engine.slots import Slots, Swap
+from memberwise.engine.tensor import MemberTensor
+from memberwise.errors import EngineError, fail
+from memberwise.generators import drawing_from, restoring
+from memberwise.trees import tree_leaves, tree_map
+
+Swaps = list[tuple[Slots, Swap]]
+
+
+def undo(region: Region, swaps: Swaps) -> None:
+    """Put back what the run wrote: module places and attributes, memory that outlives it, random streams."""
+    for slots, swap in swaps:
+        slots.restore(swap)
+    with torch.no_grad():
+        for tensor, before in reversed(region.journal):
+            tensor.copy_(before)
+    region.rewind_streams()
+
+
+def to_module(signal: Retreat, arguments: Arguments) -> bool:
+    """Mark the smallest module that was running for a run by members; False if there is none (left)."""
+    by_module = {
+        module: slots
+        for slots in arguments.leaves
+        if isinstance(slots, Slots)
+        for module in slots.template.modules()
+        if module is not slots.template
+    }
+    for module in reversed(_running_modules(signal)):
+        slots = by_module.get(module)
+        if slots is not None and module not in slots.retreats:
+            slots.retreats[module] = signal.reason
+            _warn(f"module {type(module).__name__} ran member by member: {signal.reason}", signal)
+            return True
+    return False
+
+
+def _running_modules(signal: Retreat) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    frame = signal.__traceback__
+    while frame is not None:
+        owner = frame.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and (not found or found[-1] is not owner):
+            found.append(owner)
+        frame = frame.tb_next
+    return found
+
+
+def _warn(what: str, signal: Retreat) -> None:
+    trace.warn_slow(
+        "MW207", what, "Its results are right; it is as slow as a loop there", signal.__traceback__
+    )
+
+
+@contextmanager
+def modules_by_members(swaps: Swaps, region: Region) -> Iterator[None]:
+    """Let the modules that are known to retreat run member by member, the rest of the call stacked."""
+    replaced: list[nn.Module] = []
+    for slots, _ in swaps:
+        for module in slots.retreats:
+            if "forward" not in module.__dict__:
+                forward = functools.partial(_forward_by_members, module, module.forward, region)
+                object.__setattr__(module, "forward", forward)
+                replaced.append(module)
+    try:
+        yield
+    finally:
+        for module in replaced:
+            module.__dict__.pop("forward", None)
+
+
+def _forward_by_members(
+    module: nn.Module, forward: Callable[..., Any], region: Region, *args: Any, **kwargs: Any
+) -> Any:
+    """Inside a stacked run: this module's forward for each member alone, the results stacked again."""
+    start = trace.clock()
+    with suspended(region):
+        inputs, rebuild = _left((args, kwargs), region)
+        slots = Slots(module)
+        places = [(place.owner, place.name) for place in slots.places]
+        members = [owner.get(name) for owner, name in places]
+        columns = [None if t is None else leave(t, region).unbind(0) for t in members]
+        outs, assigned = [], []
+        try:
+            for i in range(region.batch_size):
+                _put(places, columns, i)
+                own_args, own_kwargs = rebuild([column[i] for column in inputs])
+                with _stream(region, i):
+                    outs.append(forward(*own_args, **own_kwargs))
+                assigned.append([owner.get(name) for owner, name in places])
+        finally:
+            for (owner, name), member in zip(places, members, strict=True):
+                owner[name] = member
+    result = stack_outputs(outs, lambda stacked: enter([stacked], [True], region)[0], region)
+    _keep_assigned(places, columns, assigned, lambda stacked: enter([stacked], [True], region)[0])
+    if trace.active is not None:
+        trace.active.note(type(module).__name__, "retreat", "", trace.clock() - start)
+    return result
+
+
+def _left(tree: Any, region: Region) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Each member tensor of a structure as M plain ones, and a way to build the structure for one member."""
+    columns: list[Any] = []
+
+    def note(leaf: Any) -> Any:
+        if isinstance(leaf, MemberTensor):
+            columns.append(leave(leaf, region).unbind(0))
+        return leaf
+
+    tree_map(note, tree)
+
+    def rebuild(own: list[Any]) -> Any:
+        values = iter(own)
+        return tree_map(lambda leaf: next(values) if isinstance(leaf, MemberTensor) else leaf, tree)
+
+    return columns, rebuild
+
+
+def _put(places: Any, columns: Any, index: int) -> None:
+    for (owner, name), column in zip(places, columns, strict=True):
+        if column is not None:
+            value = column[index]
+            value._is_param = True
+            owner[name] = value
+
+
+def _keep_assigned(places: Any, columns: Any, assigned: Any, finish: Callable[[Any], Any]) -> None:
+    """Buffers that each member's run replaced, stacked."""
+    for k, (owner, name) in enumerate(places):
+        values = [row[k] for row in assigned]
+        before = columns[k]
+        if isinstance(values[0], torch.Tensor) and (before is None or values[0] is not before[0]):
+            owner[name] = finish(torch.stack(values))
+
+
+def by_members(
+    func: Callable[..., Any], arguments: Arguments, out_dims: Any, region: Region, signal: Retreat
+) -> Any:
+    """The whole function for each member alone, as a loop would; results stacked at `out_dims`."""
+    _warn(f"the function ran member by member: {signal.reason}", signal)
+    start = trace.clock()
+    columns = [_columns(leaf, dim) for leaf, dim in zip(arguments.leaves, arguments.dims, strict=True)]
+    outs: list[Any] = []
+    with ExitStack() as stack:
+        solos = {
+            k: stack.enter_context(Solo(leaf).swapped())
+            for k, leaf in enumerate(arguments.leaves)
+            if isinstance(leaf, Slots)
+        }
+        for i in range(region.batch_size):
+            own = [
+                column if column is None or not isinstance(column, _Column) else column[i]
+                for column in columns
+            ]
+            for k, solo in solos.items():
+                solo.show(i)
+                own[k] = solo.slots.template
+            args, kwargs = arguments.build(own)
+            with _stream(region, i):
+                outs.append(func(*args, **kwargs))
+            for solo in solos.values():
+                solo.collect()
+    if trace.active is not None:
+        trace.active.note(
+            getattr(func, "__name__", repr(func)), "retreat", signal.reason, trace.clock() - start
+        )
+    return _stack_at(outs, out_dims)
+
+
+class _Column(list[Any]):
+    """One leaf, member by member."""
+
+
+def _columns(leaf: Any, dim: int | None) -> Any:
+    return _Column(leaf.unbind(dim)) if isinstance(leaf, torch.Tensor) and dim is not None else leaf
+
+
+class Solo:
+    """A stack's template, holding one member's tensors at a time; what each member's run assigns is stacked."""
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+        self.places = [(place.owner, place.name) for place in slots.places]
+        self.columns = [
+            None if t is None else t.unbind(0) if held else [t] * (slots.size() or 1)
+            for t, held in slots.tensors()
+        ]
+        self.assigned: list[list[Any]] = []
+
+    @contextmanager
+    def swapped(self) -> Iterator[Solo]:
+        """Within the block `show(i)` puts member i in place; afterwards the stack is whole again."""
+        originals = [owner.get(name) for owner, name in self.places]
+        try:
+            yield self
+        finally:
+            for (owner, name), original in zip(self.places, originals, strict=True):
+                owner[name] = original
+        _keep_assigned(self.places, self.columns, self.assigned, lambda stacked: stacked)
+
+    def show(self, index: int) -> None:
+        """Put member `index` in place."""
+        _put(self.places, self.columns, index)
+
+    def collect(self) -> None:
+        """Note what the member's run left in the places."""
+        self.assigned.append([owner.get(name) for owner, name in self.places])
+
+
+def stack_outputs(
+    outs: list[Any], finish: Callable[[torch.Tensor], Any], region: Region | None = None
+) -> Any:
+    """One structure from the members' outputs; tensors are stacked, other values kept where all agree."""
+    columns = [tree_leaves(out) for out in outs]
+    if any(len(column) != len(columns[0]) for column in columns):
+        _cannot_stack("the members return structures of different size", region)
+    rows = iter(zip(*columns, strict=True))
+    return tree_map(lambda _: _stack_row(list(next(rows)), finish, region), outs[0])
+
+
+def _stack_row(row: list[Any], finish: Callable[[torch.Tensor], Any], region: Region | None) -> Any:
+    first = row[0]
+    if not isinstance(first, torch.Tensor):
+        same = all(type(value) is type(first) and bool(value == first) for value in row)
+        return first if same else row
+    if any(value.shape != first.shape for value in row):
+        shapes = sorted({tuple(value.shape) for value in row})
+        _cannot_stack(f"the members return tensors of shapes {shapes}", region)
+    return finish(torch.stack(row))
+
+
+def _cannot_stack(what: str, region: Region | None) -> None:
+    if region is not None:
+        raise Retreat(what, region)
+    fail(EngineError, "MW203", what, do="Pad them to one shape, or run the members in a loop")
+
+
+def _stack_at(outs: list[Any], out_dims: Any) -> Any:
+    from memberwise.engine.outputs import leaf_dims
+
+    dims = iter(leaf_dims("func", outs[0], out_dims))
+    columns = [tree_leaves(out) for out in outs]
+    wanted = [next(dims) for _ in columns[0]]
+    order = iter(wanted)
+
+    def finish(stacked: torch.Tensor) -> Any:
+        return stacked
+
+    def place(leaf: Any) -> Any:
+        dim = next(order)
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return leaf[0] if dim is None else leaf.movedim(0, dim)
+
+    return tree_map(place, stack_outputs(outs, finish))
+
+
+@contextmanager
+def _stream(region: Region, index: int) -> Iterator[None]:
+    """Member `index`'s randomness, for code that draws from the global generator."""
+    with ExitStack() as stack:
+        if region.generators is not None:
+            stack.enter_context(drawing_from(region.generators[index]))
+        elif region.randomness == "error":
+            stack.enter_context(_RefuseDraws())
+        elif region.randomness == "same" and index < region.batch_size - 1:
+            stack.enter_context(restoring([torch.default_generator]))
+        yield
+
+
+class _RefuseDraws(DispatchMode):
+    """randomness="error" for a run by members."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            what = f"vmap: called random operation {func} while in randomness error mode"
+            fail(EngineError, "MW202", what, do="Pass randomness='different' or 'same', or generators=")
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,23 @@
+"""What a half-done run says to the boundary: go back, and run member by member."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Retreat(BaseException):
+    """The members part ways here. A BaseException, so that a user's `except Exception` does not swallow it."""
+
+    def __init__(self, reason: str, region: Any = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.region = region
+
+
+class Decline:
+    """A rule's answer that it does not serve this call; `explain()` prints the reason as it is."""
+
+    __slots__ = ("reason",)
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason

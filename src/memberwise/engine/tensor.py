@@ -1,0 +1,152 @@
+"""MemberTensor: shows the shape of one member's tensor, holds the tensors of all M in one.
+
+Two facts about a member tensor may change during its life, both through `memberwise.engine.layout`:
+whether its inner tensor has a member axis (`_batched`), and in what memory order it lies (`_differs`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from memberwise._torch.dispatch import make_wrapper
+
+if TYPE_CHECKING:
+    from memberwise.engine.ambient import Region
+
+
+class MemberTensor(torch.Tensor):
+    """A tensor that stands for M; `_inner` is `(M, *shape)`, or `shape` while all members hold the same.
+
+    Attributes:
+        _inner: the stacked tensor.
+        _region: the call it was made in, which knows M, the member streams and the nesting level.
+        _batched: whether `_inner` has the member axis.
+        _differs: whether one member's slice of `_inner` lies in another order than declared (contiguous).
+        _outside: whether its memory was there before the call: writes are undone on retreat.
+        _family: all member tensors on the same memory, while that memory may have to be replaced.
+        _base: storage offset of `_inner` at which the member's own storage begins.
+    """
+
+    _inner: torch.Tensor
+    _region: Region
+    _batched = True
+    _differs = False
+    _outside = False
+    _family: list[Any] | None = None
+    _base = 0
+
+    # Set by `memberwise.engine.dispatch` and `memberwise.rules.composite`, which import this module.
+    _on_dispatch: Callable[..., Any]
+    _on_function: Callable[..., Any]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return MemberTensor._on_dispatch(func, args, kwargs)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return MemberTensor._on_function(func, types, args, kwargs)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        held = "" if self._batched else ", equal in all members"
+        return (
+            f"MemberTensor(shape={tuple(self.shape)}, dtype={self.dtype}, M={self._region.batch_size}{held})"
+        )
+
+
+def wrap(inner: torch.Tensor, region: Region) -> MemberTensor:
+    """The member tensor of a stacked `(M, *s)` tensor; declares the layout of one member's slice."""
+    out = make_wrapper(
+        region.tensor_class,
+        inner.shape[1:],
+        inner.stride()[1:],
+        None,
+        None,
+        inner.dtype,
+        torch.strided,
+        inner.device,
+    )
+    out._inner = inner
+    out._region = region
+    return out
+
+
+def wrap_contiguous(inner: torch.Tensor, region: Region) -> MemberTensor:
+    """As `wrap`, where the lone result is contiguous and one member's slice of `inner` may not be."""
+    if inner.is_contiguous():
+        return wrap(inner, region)
+    out = make_wrapper(
+        region.tensor_class, inner.shape[1:], None, None, None, inner.dtype, torch.strided, inner.device
+    )
+    out._inner = inner
+    out._region = region
+    out._differs = inner.numel() > 0 and not inner[0].is_contiguous()
+    return out
+
+
+def wrap_view(inner: torch.Tensor, source: MemberTensor) -> MemberTensor:
+    """The member tensor of a view of `source._inner`: same memory, same fate."""
+    batched = source._batched
+    offset = inner.storage_offset() - source._base
+    out = make_wrapper(
+        type(source),
+        inner.shape[1:] if batched else inner.shape,
+        inner.stride()[1:] if batched else inner.stride(),
+        offset if offset > 0 else None,
+        None,
+        inner.dtype,
+        torch.strided,
+        inner.device,
+    )
+    out._inner = inner
+    out._region = source._region
+    if not batched:
+        out._batched = False
+    if source._outside:
+        out._outside = True
+    if source._base:
+        out._base = source._base
+    if source._family is not None:
+        _join(out, source._family)
+    return out
+
+
+def wrap_unbatched(inner: torch.Tensor, region: Region, *, outside: bool = False) -> MemberTensor:
+    """The member tensor of a value that is equal in all members, as a fresh tensor is."""
+    out = make_wrapper(
+        region.tensor_class,
+        inner.shape,
+        inner.stride(),
+        None,
+        None,
+        inner.dtype,
+        torch.strided,
+        inner.device,
+    )
+    out._inner = inner
+    out._region = region
+    out._batched = False
+    out._base = inner.storage_offset()
+    if outside:
+        out._outside = True
+    else:
+        _join(out, [])
+    return out
+
+
+def _join(member: MemberTensor, family: list[Any]) -> None:
+    family.append(weakref.ref(member))
+    member._family = family
+
+
+def stacked(value: torch.Tensor, region: Region) -> torch.Tensor:
+    """`(M, *s)` of any tensor: a member tensor's inner one, or a shared value expanded."""
+    if isinstance(value, MemberTensor):
+        if value._batched:
+            return value._inner
+        value = value._inner
+    return value.expand(region.batch_size, *value.shape)

@@ -1,0 +1,113 @@
+"""Draws: each member from its own stream, as much as its lone run draws, in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from memberwise.generators import drawing_from
+
+if TYPE_CHECKING:
+    from memberwise.engine.ambient import Region
+    from memberwise.engine.operation import Operation
+
+_aten = torch.ops.aten
+
+_DRAWS_ONLY_IF: dict[str, Callable[[Any, Any], bool]] = {
+    "aten::native_dropout": lambda values, kwargs: values[2] is not False,
+    "aten::rrelu_with_noise": lambda values, kwargs: len(values) > 4 and bool(values[4]),
+    "aten::rrelu_with_noise_": lambda values, kwargs: len(values) > 4 and bool(values[4]),
+    "aten::rrelu_with_noise_functional": lambda values, kwargs: len(values) > 4 and bool(values[4]),
+    "aten::_scaled_dot_product_flash_attention": lambda values, kwargs: len(values) > 3 and values[3] > 0,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": lambda values, kwargs: (
+        len(values) > 3 and values[3] > 0
+    ),
+    "aten::_scaled_dot_product_efficient_attention": lambda values, kwargs: len(values) > 5 and values[5] > 0,
+    "aten::_scaled_dot_product_cudnn_attention": lambda values, kwargs: len(values) > 5 and values[5] > 0,
+    "aten::_scaled_dot_product_attention_math": lambda values, kwargs: len(values) > 4 and values[4] > 0,
+}
+"""Operations tagged as random that draw in some calls only."""
+
+
+def draws(op: Operation, values: Any, kwargs: Any) -> bool:
+    """Whether this call takes numbers from a stream."""
+    condition = _DRAWS_ONLY_IF.get(op.name)
+    return True if condition is None else condition(values, kwargs)
+
+
+def draw(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    """`(out, 0)` of a random operation, or None where torch's batching draws right."""
+    if region.randomness != "different":
+        return None
+    if region.generators is not None:
+        return _by_stream(op, region, values, dims, kwargs, region.generators)
+    if op.returned == (0,) and dims[0] == 0 and not any(_stacked(dim) for dim in dims[1:]):
+        return op.func(*values, **kwargs), 0
+    return None
+
+
+def _stacked(dim: Any) -> bool:
+    return dim is not None if not isinstance(dim, list) else any(_stacked(entry) for entry in dim)
+
+
+def _by_stream(
+    op: Operation, region: Region, values: Any, dims: Any, kwargs: Any, generators: Any
+) -> tuple[Any, Any]:
+    from memberwise.engine.ladder import member_slice, stack_results
+
+    takes_generator = any(arg.name == "generator" for arg in op.func._schema.arguments)
+    filler = _FILLERS.get(op.func)
+    outs = []
+    for i in range(region.batch_size):
+        own = [member_slice(value, dim, i) for value, dim in zip(values, dims, strict=True)]
+        if kwargs.get("generator") is not None or not (takes_generator or filler):
+            with drawing_from(generators[i]):
+                outs.append(op.func(*own, **kwargs))
+        elif filler is not None:
+            outs.append(filler(generators[i], *own, **kwargs))
+        else:
+            outs.append(op.func(*own, **{**kwargs, "generator": generators[i]}))
+    return stack_results(outs, op, region), 0
+
+
+def _filled(make: Any, fill: str) -> Callable[..., torch.Tensor]:
+    """A factory drawn into an empty tensor: what torch does itself, with a generator to choose."""
+
+    def factory(generator: torch.Generator, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return getattr(make(*args, **kwargs), fill)(generator=generator)
+
+    return factory
+
+
+def _randint(generator: torch.Generator, *args: Any, **kwargs: Any) -> torch.Tensor:
+    low, high, size = args if len(args) == 3 else (0, *args)
+    kwargs["dtype"] = kwargs.get("dtype") or torch.int64
+    return torch.empty(size, **_known(kwargs)).random_(low, high, generator=generator)
+
+
+def _known(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name in ("dtype", "device", "layout") and value}
+
+
+def _randperm(generator: torch.Generator, n: int, **kwargs: Any) -> torch.Tensor:
+    return torch.randperm(n, generator=generator, **_known(kwargs))
+
+
+def _dropout(generator: torch.Generator, x: torch.Tensor, p: float, train: Any) -> Any:
+    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p, generator=generator)
+    return x * mask * (0.0 if p == 1 else 1 / (1 - p)), mask
+
+
+_FILLERS: dict[Any, Callable[..., Any]] = {
+    _aten.rand.default: _filled(_aten.empty.memory_format, "uniform_"),
+    _aten.randn.default: _filled(_aten.empty.memory_format, "normal_"),
+    _aten.rand_like.default: _filled(_aten.empty_like.default, "uniform_"),
+    _aten.randn_like.default: _filled(_aten.empty_like.default, "normal_"),
+    _aten.randint.default: _randint,
+    _aten.randint.low: _randint,
+    _aten.randperm.default: _randperm,
+    _aten.native_dropout.default: _dropout,
+}
+"""Random operations without a generator argument: the same draw, from a generator to choose."""

@@ -1,0 +1,180 @@
+"""Views and rearrangements: the same move on the dimensions after the member axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from memberwise.rules.axis import expanded, shift_all, shifted
+from memberwise.rules.registry import register_rule
+
+_aten = torch.ops.aten
+
+
+@register_rule(_aten.view.default)
+def view(info: Any, in_dims: Any, x: torch.Tensor, size: Any) -> Any:
+    """torch's batching infers -1 over the whole; here over one member, which is the same."""
+    return x.view(x.shape[0], *_inferred(x, size)), 0
+
+
+@register_rule(_aten._unsafe_view.default)
+def unsafe_view(info: Any, in_dims: Any, x: torch.Tensor, size: Any) -> Any:
+    """As `view`; autograd made sure that nobody sees the alias."""
+    return x.reshape(x.shape[0], *_inferred(x, size)), 0
+
+
+def _inferred(x: torch.Tensor, size: Any) -> list[int]:
+    """`size` with -1 replaced, from one member's element count (M or a dimension may be 0)."""
+    size = list(size)
+    if -1 in size:
+        own = 1
+        for extent in x.shape[1:]:
+            own *= extent
+        known = 1
+        for extent in size:
+            known *= extent if extent != -1 else 1
+        size[size.index(-1)] = own // known if known else 0
+    return size
+
+
+@register_rule(_aten.expand.default)
+def expand(info: Any, in_dims: Any, x: torch.Tensor, size: Any, *, implicit: bool = False) -> Any:
+    """New dimensions come after the member axis."""
+    missing = len(size) - (x.ndim - 1)
+    if missing:
+        x = (
+            x.view(x.shape[0], *(1,) * missing, *x.shape[1:])
+            if x.is_contiguous()
+            else _unsqueezed(x, missing)
+        )
+    return x.expand(x.shape[0], *size), 0
+
+
+def _unsqueezed(x: torch.Tensor, count: int) -> torch.Tensor:
+    for _ in range(count):
+        x = x.unsqueeze(1)
+    return x
+
+
+@register_rule(_aten.t.default)
+def t(info: Any, in_dims: Any, x: torch.Tensor) -> Any:
+    """A vector is its own transpose."""
+    return (x.transpose(1, 2) if x.ndim == 3 else x.view_as(x)), 0
+
+
+@register_rule(_aten.transpose.int)
+def transpose(info: Any, in_dims: Any, x: torch.Tensor, dim0: int, dim1: int) -> Any:
+    """One dimension further."""
+    ndim = x.ndim - 1
+    return (x.transpose(shifted(dim0, ndim), shifted(dim1, ndim)) if ndim else x.view_as(x)), 0
+
+
+@register_rule(_aten.permute.default)
+def permute(info: Any, in_dims: Any, x: torch.Tensor, dims: Any) -> Any:
+    """One dimension further."""
+    return x.permute(0, *shift_all(dims, x.ndim - 1)), 0
+
+
+@register_rule(_aten.select.int)
+def select(info: Any, in_dims: Any, x: torch.Tensor, dim: int, index: int) -> Any:
+    """One dimension further."""
+    return x.select(shifted(dim, x.ndim - 1), index), 0
+
+
+@register_rule(_aten.slice.Tensor)
+def slice_(info: Any, in_dims: Any, x: torch.Tensor, dim: int = 0, *bounds: Any, **named: Any) -> Any:
+    """One dimension further."""
+    return _aten.slice.Tensor(x, shifted(dim, x.ndim - 1), *bounds, **named), 0
+
+
+@register_rule(_aten.unsqueeze.default)
+def unsqueeze(info: Any, in_dims: Any, x: torch.Tensor, dim: int) -> Any:
+    """One dimension further; the end counts one more than there are."""
+    return x.unsqueeze(dim % x.ndim + 1), 0
+
+
+@register_rule(_aten.squeeze.dim)
+def squeeze(info: Any, in_dims: Any, x: torch.Tensor, dim: int) -> Any:
+    """One dimension further."""
+    return (x.squeeze(shifted(dim, x.ndim - 1)) if x.ndim > 1 else x.view_as(x)), 0
+
+
+@register_rule(_aten.detach.default)
+def detach(info: Any, in_dims: Any, x: torch.Tensor) -> Any:
+    """The same memory."""
+    return x.detach(), 0
+
+
+@register_rule(_aten.alias.default)
+def alias(info: Any, in_dims: Any, x: torch.Tensor) -> Any:
+    """The same memory."""
+    return x.detach(), 0
+
+
+@register_rule(_aten.split.Tensor)
+def split(info: Any, in_dims: Any, x: torch.Tensor, size: int, dim: int = 0) -> Any:
+    """One dimension further."""
+    parts = list(x.split(size, shifted(dim, x.ndim - 1)))
+    return parts, [0] * len(parts)
+
+
+@register_rule(_aten.split_with_sizes.default)
+def split_with_sizes(info: Any, in_dims: Any, x: torch.Tensor, sizes: Any, dim: int = 0) -> Any:
+    """One dimension further."""
+    parts = list(x.split_with_sizes(sizes, shifted(dim, x.ndim - 1)))
+    return parts, [0] * len(parts)
+
+
+@register_rule(_aten.unbind.int)
+def unbind(info: Any, in_dims: Any, x: torch.Tensor, dim: int = 0) -> Any:
+    """One dimension further."""
+    parts = list(x.unbind(shifted(dim, x.ndim - 1)))
+    return parts, [0] * len(parts)
+
+
+@register_rule(_aten.cat.default)
+def cat(info: Any, in_dims: Any, tensors: Any, dim: int = 0) -> Any:
+    """One dimension further; shared tensors are expanded. torch's old empty (0,) tensors are left out."""
+    held = in_dims[0]
+    parts = [expanded(t, at, info.batch_size) for t, at in zip(tensors, held, strict=True)]
+    parts = [part for part in parts if part.ndim != 2 or part.shape[1] != 0] or parts[:1]
+    return torch.cat(parts, shifted(dim, parts[0].ndim - 1)), 0
+
+
+@register_rule(_aten.stack.default)
+def stack(info: Any, in_dims: Any, tensors: Any, dim: int = 0) -> Any:
+    """One dimension further; shared tensors are expanded."""
+    parts = [expanded(t, at, info.batch_size) for t, at in zip(tensors, in_dims[0], strict=True)]
+    return torch.stack(parts, dim % parts[0].ndim + 1), 0
+
+
+@register_rule(_aten.as_strided.default)
+def as_strided(info: Any, in_dims: Any, x: torch.Tensor, size: Any, stride: Any, offset: Any = None) -> Any:
+    """torch's batching takes the member axis anywhere, and copies; here each member has its own stretch of
+    memory, `x.stride(0)` long, laid out as the lone tensor is (`engine.layout.settle`)."""
+    start = x.storage_offset() if offset is None else offset
+    return x.as_strided((x.shape[0], *size), (x.stride(0), *stride), start), 0
+
+
+@register_rule(_aten.new_empty_strided.default)
+def new_empty_strided(info: Any, in_dims: Any, x: torch.Tensor, size: Any, stride: Any, **kwargs: Any) -> Any:
+    """Each member gets the memory that these strides ask for; torch's batching refuses some layouts."""
+    extent = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if 0 not in size else 0
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    flat = x.new_empty((info.batch_size, extent), **kwargs)
+    return flat.as_strided((info.batch_size, *size), (extent, *stride)), 0
+
+
+def _new(name: str) -> Any:
+    def rule(info: Any, in_dims: Any, x: torch.Tensor, size: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {key: value for key, value in kwargs.items() if value is not None}
+        return getattr(x, name)((info.batch_size, *size), *args, **kwargs), 0
+
+    return rule
+
+
+register_rule(_aten.new_zeros.default, _new("new_zeros"))
+register_rule(_aten.new_ones.default, _new("new_ones"))
+register_rule(_aten.new_empty.default, _new("new_empty"))
+register_rule(_aten.new_full.default, _new("new_full"))
