@@ -87,9 +87,7 @@ def mapped(name: str, in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     leaves = [_unmark(leaf) for leaf in [*flat, *flat_kwargs]]
     checked = [
         _check_dim(where, k, given, dim)
-        for k, (given, dim) in enumerate(
-            zip([*flat, *flat_kwargs], [*dims, *[None] * len(flat_kwargs)], strict=True)
-        )
+        for k, (given, dim) in enumerate(zip([*flat, *flat_kwargs], [*dims, *[None] * len(flat_kwargs)], strict=True))
     ]
     count = len(flat)
 
@@ -117,9 +115,7 @@ def _check_dim(where: str, place: int, leaf: Any, dim: Any) -> int | None:
             _bad(where, f"got in_dim={dim} for a stack, whose members are at 0")
         return 0
     if not isinstance(leaf, torch.Tensor):
-        _bad(
-            where, f"got in_dim={dim} for an input of type {type(leaf)}, which is no Tensor; use None for it"
-        )
+        _bad(where, f"got in_dim={dim} for an input of type {type(leaf)}, which is no Tensor; use None for it")
     if not -leaf.ndim <= dim < leaf.ndim:
         _bad(
             where,

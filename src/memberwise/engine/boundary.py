@@ -101,9 +101,7 @@ def _join(column: list[Any], dim: int | None) -> Any:
     return torch.cat(column, dim)
 
 
-def _run_chunk(
-    func: Callable[..., Any], arguments: Arguments, out_dims: Any, randomness: str, generators: Any
-) -> Any:
+def _run_chunk(func: Callable[..., Any], arguments: Arguments, out_dims: Any, randomness: str, generators: Any) -> Any:
     region = Region(arguments.size, len(_local.regions), randomness, generators)
     while True:
         try:

@@ -32,10 +32,7 @@ class Enter(torch.autograd.Function):
         return (
             None,
             None,
-            *(
-                None if grad is None else leave(grad, region) if held else total(grad, region)
-                for grad, held in pairs
-            ),
+            *(None if grad is None else leave(grad, region) if held else total(grad, region) for grad, held in pairs),
         )
 
     @staticmethod

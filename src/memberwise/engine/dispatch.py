@@ -70,9 +70,7 @@ class Call:
         self.values = values
         self.dims = dims
         if kwargs:
-            kwargs = (
-                {name: self._take(arg)[0] for name, arg in kwargs.items()} if _tensors(kwargs) else kwargs
-            )
+            kwargs = {name: self._take(arg)[0] for name, arg in kwargs.items()} if _tensors(kwargs) else kwargs
         self.kwargs = kwargs
 
     def _take(self, arg: Any) -> tuple[Any, Any]:

@@ -39,9 +39,7 @@ def promote(member: MemberTensor) -> None:
     for alias in aliases:
         seen = alias._inner
         source = memory if seen.dtype == memory.dtype else memory.view(seen.dtype)
-        alias._inner = source.as_strided(
-            (size, *seen.shape), (source.stride(0), *seen.stride()), seen.storage_offset()
-        )
+        alias._inner = source.as_strided((size, *seen.shape), (source.stride(0), *seen.stride()), seen.storage_offset())
         alias._batched = True
         alias._base = 0
 

@@ -34,8 +34,7 @@ def _leaf(leaf: Any, dim: int | None, region: Region, name: str) -> Any:
     stacked = leave(leaf, region) if inside else leaf.expand(region.batch_size, *leaf.shape)
     if not -stacked.ndim <= dim < stacked.ndim:
         raise IndexError(
-            f"Dimension out of range (expected to be in range of [{-stacked.ndim}, {stacked.ndim - 1}], "
-            f"but got {dim})"
+            f"Dimension out of range (expected to be in range of [{-stacked.ndim}, {stacked.ndim - 1}], but got {dim})"
         )
     return stacked.movedim(0, dim) if dim else stacked
 
@@ -64,9 +63,7 @@ def check_out_dims(name: str, out_dims: Any) -> None:
     """Refuse out_dims that are neither ints nor None, before anything runs."""
     for dim in tree_leaves(out_dims):
         if not (dim is None or isinstance(dim, int)):
-            bad(
-                f"vmap({name}, ..., out_dims={out_dims}): `out_dims` must be an int, None or a structure of ints"
-            )
+            bad(f"vmap({name}, ..., out_dims={out_dims}): `out_dims` must be an int, None or a structure of ints")
 
 
 def bad(what: str) -> Any:

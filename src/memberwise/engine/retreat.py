@@ -68,9 +68,7 @@ def _running_modules(signal: Retreat) -> list[nn.Module]:
 
 
 def _warn(what: str, signal: Retreat) -> None:
-    trace.warn_slow(
-        "MW207", what, "Its results are right; it is as slow as a loop there", signal.__traceback__
-    )
+    trace.warn_slow("MW207", what, "Its results are right; it is as slow as a loop there", signal.__traceback__)
 
 
 @contextmanager
@@ -154,9 +152,7 @@ def _keep_assigned(places: Any, columns: Any, assigned: Any, finish: Callable[[A
             owner[name] = finish(torch.stack(values))
 
 
-def by_members(
-    func: Callable[..., Any], arguments: Arguments, out_dims: Any, region: Region, signal: Retreat
-) -> Any:
+def by_members(func: Callable[..., Any], arguments: Arguments, out_dims: Any, region: Region, signal: Retreat) -> Any:
     """The whole function for each member alone, as a loop would; results stacked at `out_dims`."""
     _warn(f"the function ran member by member: {signal.reason}", signal)
     start = trace.clock()
@@ -169,10 +165,7 @@ def by_members(
             if isinstance(leaf, Slots)
         }
         for i in range(region.batch_size):
-            own = [
-                column if column is None or not isinstance(column, _Column) else column[i]
-                for column in columns
-            ]
+            own = [column if column is None or not isinstance(column, _Column) else column[i] for column in columns]
             for k, solo in solos.items():
                 solo.show(i)
                 own[k] = solo.slots.template
@@ -182,9 +175,7 @@ def by_members(
             for solo in solos.values():
                 solo.collect()
     if trace.active is not None:
-        trace.active.note(
-            getattr(func, "__name__", repr(func)), "retreat", signal.reason, trace.clock() - start
-        )
+        trace.active.note(getattr(func, "__name__", repr(func)), "retreat", signal.reason, trace.clock() - start)
     return _stack_at(outs, out_dims)
 
 
@@ -203,8 +194,7 @@ class Solo:
         self.slots = slots
         self.places = [(place.owner, place.name) for place in slots.places]
         self.columns = [
-            None if t is None else t.unbind(0) if held else [t] * (slots.size() or 1)
-            for t, held in slots.tensors()
+            None if t is None else t.unbind(0) if held else [t] * (slots.size() or 1) for t, held in slots.tensors()
         ]
         self.assigned: list[list[Any]] = []
 
@@ -228,9 +218,7 @@ class Solo:
         self.assigned.append([owner.get(name) for owner, name in self.places])
 
 
-def stack_outputs(
-    outs: list[Any], finish: Callable[[torch.Tensor], Any], region: Region | None = None
-) -> Any:
+def stack_outputs(outs: list[Any], finish: Callable[[torch.Tensor], Any], region: Region | None = None) -> Any:
     """One structure from the members' outputs; tensors are stacked, other values kept where all agree."""
     columns = [tree_leaves(out) for out in outs]
     if any(len(column) != len(columns[0]) for column in columns):

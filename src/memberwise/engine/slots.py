@@ -157,9 +157,7 @@ class Slots:
         if not isinstance(value, torch.Tensor | list | tuple | dict) or name.startswith("_"):
             return
         if any(isinstance(leaf, MemberTensor) for leaf in tree_leaves(value)):
-            kept = tree_map(
-                lambda leaf: leave(leaf, region) if isinstance(leaf, MemberTensor) else leaf, value
-            )
+            kept = tree_map(lambda leaf: leave(leaf, region) if isinstance(leaf, MemberTensor) else leaf, value)
             module.__dict__[name] = kept
             self.carried[id(module), name] = kept
 

@@ -53,9 +53,7 @@ class MemberTensor(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         held = "" if self._batched else ", equal in all members"
-        return (
-            f"MemberTensor(shape={tuple(self.shape)}, dtype={self.dtype}, M={self._region.batch_size}{held})"
-        )
+        return f"MemberTensor(shape={tuple(self.shape)}, dtype={self.dtype}, M={self._region.batch_size}{held})"
 
 
 def wrap(inner: torch.Tensor, region: Region) -> MemberTensor:
@@ -79,9 +77,7 @@ def wrap_contiguous(inner: torch.Tensor, region: Region) -> MemberTensor:
     """As `wrap`, where the lone result is contiguous and one member's slice of `inner` may not be."""
     if inner.is_contiguous():
         return wrap(inner, region)
-    out = make_wrapper(
-        region.tensor_class, inner.shape[1:], None, None, None, inner.dtype, torch.strided, inner.device
-    )
+    out = make_wrapper(region.tensor_class, inner.shape[1:], None, None, None, inner.dtype, torch.strided, inner.device)
     out._inner = inner
     out._region = region
     out._differs = inner.numel() > 0 and not inner[0].is_contiguous()

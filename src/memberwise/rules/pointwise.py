@@ -15,174 +15,31 @@ from memberwise.rules.registry import RULES, register_rule
 
 _aten = torch.ops.aten
 
-UNARY = [
-    "abs",
-    "acos",
-    "acosh",
-    "angle",
-    "asin",
-    "asinh",
-    "atan",
-    "atanh",
-    "bitwise_not",
-    "ceil",
-    "celu",
-    "clamp",
-    "clamp_max",
-    "clamp_min",
-    "conj_physical",
-    "cos",
-    "cosh",
-    "deg2rad",
-    "digamma",
-    "elu",
-    "erf",
-    "erfc",
-    "erfinv",
-    "exp",
-    "exp2",
-    "expm1",
-    "fill",
-    "floor",
-    "frac",
-    "gelu",
-    "hardshrink",
-    "hardsigmoid",
-    "hardswish",
-    "hardtanh",
-    "i0",
-    "isfinite",
-    "isinf",
-    "isnan",
-    "leaky_relu",
-    "lgamma",
-    "log",
-    "log10",
-    "log1p",
-    "log2",
-    "log_sigmoid_forward",
-    "logical_not",
-    "logit",
-    "mish",
-    "nan_to_num",
-    "neg",
-    "polygamma",
-    "positive",
-    "rad2deg",
-    "reciprocal",
-    "relu",
-    "relu6",
-    "round",
-    "rsqrt",
-    "selu",
-    "sgn",
-    "sigmoid",
-    "sign",
-    "signbit",
-    "silu",
-    "sin",
-    "sinc",
-    "sinh",
-    "softplus",
-    "softshrink",
-    "sqrt",
-    "square",
-    "tan",
-    "tanh",
-    "threshold",
-    "trunc",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "empty_like",
-    "clone",
-    "_to_copy",
-    "bernoulli",
-    "alias_copy",
-    "special_entr",
-    "special_erfcx",
-    "special_i0e",
-    "special_i1",
-    "special_i1e",
-    "special_log_ndtr",
-    "special_ndtri",
-    "real_copy",
-    "imag_copy",
-]
 
-BINARY = [
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "floor_divide",
-    "remainder",
-    "fmod",
-    "pow",
-    "maximum",
-    "minimum",
-    "fmax",
-    "fmin",
-    "atan2",
-    "hypot",
-    "copysign",
-    "nextafter",
-    "heaviside",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "logical_and",
-    "logical_or",
-    "logical_xor",
-    "bitwise_and",
-    "bitwise_or",
-    "bitwise_xor",
-    "bitwise_left_shift",
-    "bitwise_right_shift",
-    "rsub",
-    "logaddexp",
-    "logaddexp2",
-    "xlogy",
-    "special_xlog1py",
-    "special_zeta",
-    "gcd",
-    "lcm",
-    "threshold_backward",
-    "gelu_backward",
-    "silu_backward",
-    "mish_backward",
-    "elu_backward",
-    "hardtanh_backward",
-    "leaky_relu_backward",
-    "sigmoid_backward",
-    "tanh_backward",
-    "softplus_backward",
-    "softshrink_backward",
-    "hardshrink_backward",
-    "hardsigmoid_backward",
-    "hardswish_backward",
-    "logit_backward",
-    "log_sigmoid_backward",
-    "native_dropout_backward",
-    "where",
-    "addcmul",
-    "addcdiv",
-    "lerp",
-    "clamp",
-    "clamp_min",
-    "clamp_max",
-    "masked_fill",
-    "polar",
-    "complex",
-    "igamma",
-    "igammac",
-    "prelu",
-    "copy",
-    "_masked_scale",
-]
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+UNARY = _words("""
+abs acos acosh angle asin asinh atan atanh bitwise_not ceil celu clamp clamp_max clamp_min conj_physical cos
+cosh deg2rad digamma elu erf erfc erfinv exp exp2 expm1 fill floor frac gelu hardshrink hardsigmoid hardswish
+hardtanh i0 isfinite isinf isnan leaky_relu lgamma log log10 log1p log2 log_sigmoid_forward logical_not logit
+mish nan_to_num neg polygamma positive rad2deg reciprocal relu relu6 round rsqrt selu sgn sigmoid sign signbit
+silu sin sinc sinh softplus softshrink sqrt square tan tanh threshold trunc zeros_like ones_like full_like
+empty_like clone _to_copy bernoulli alias_copy special_entr special_erfcx special_i0e special_i1 special_i1e
+special_log_ndtr special_ndtri real_copy imag_copy
+""")
+
+BINARY = _words("""
+add sub mul div floor_divide remainder fmod pow maximum minimum fmax fmin atan2 hypot copysign nextafter
+heaviside eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor
+bitwise_left_shift bitwise_right_shift rsub logaddexp logaddexp2 xlogy special_xlog1py special_zeta gcd lcm
+threshold_backward gelu_backward silu_backward mish_backward elu_backward hardtanh_backward
+leaky_relu_backward sigmoid_backward tanh_backward softplus_backward softshrink_backward hardshrink_backward
+hardsigmoid_backward hardswish_backward logit_backward log_sigmoid_backward native_dropout_backward where
+addcmul addcdiv lerp clamp clamp_min clamp_max masked_fill polar complex igamma igammac prelu copy
+_masked_scale
+""")
 
 _SKIPPED = {"copy_", "fill_"}
 
@@ -258,9 +115,7 @@ _register(UNARY, _unary)
 
 
 @register_rule(_aten.copy_.default)
-def copy_(
-    info: Any, in_dims: Any, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
-) -> Any:
+def copy_(info: Any, in_dims: Any, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> Any:
     """Copying broadcasts the source to the target's rank, as any in-place binary does."""
     return target.copy_(aligned((target, source), in_dims)[1], non_blocking), 0
 

@@ -21,9 +21,7 @@ _DRAWS_ONLY_IF: dict[str, Callable[[Any, Any], bool]] = {
     "aten::rrelu_with_noise_": lambda values, kwargs: len(values) > 4 and bool(values[4]),
     "aten::rrelu_with_noise_functional": lambda values, kwargs: len(values) > 4 and bool(values[4]),
     "aten::_scaled_dot_product_flash_attention": lambda values, kwargs: len(values) > 3 and values[3] > 0,
-    "aten::_scaled_dot_product_flash_attention_for_cpu": lambda values, kwargs: (
-        len(values) > 3 and values[3] > 0
-    ),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": lambda values, kwargs: len(values) > 3 and values[3] > 0,
     "aten::_scaled_dot_product_efficient_attention": lambda values, kwargs: len(values) > 5 and values[5] > 0,
     "aten::_scaled_dot_product_cudnn_attention": lambda values, kwargs: len(values) > 5 and values[5] > 0,
     "aten::_scaled_dot_product_attention_math": lambda values, kwargs: len(values) > 4 and values[4] > 0,
@@ -52,9 +50,7 @@ def _stacked(dim: Any) -> bool:
     return dim is not None if not isinstance(dim, list) else any(_stacked(entry) for entry in dim)
 
 
-def _by_stream(
-    op: Operation, region: Region, values: Any, dims: Any, kwargs: Any, generators: Any
-) -> tuple[Any, Any]:
+def _by_stream(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any, generators: Any) -> tuple[Any, Any]:
     from memberwise.engine.ladder import member_slice, stack_results
 
     takes_generator = any(arg.name == "generator" for arg in op.func._schema.arguments)

@@ -43,11 +43,7 @@ def expand(info: Any, in_dims: Any, x: torch.Tensor, size: Any, *, implicit: boo
     """New dimensions come after the member axis."""
     missing = len(size) - (x.ndim - 1)
     if missing:
-        x = (
-            x.view(x.shape[0], *(1,) * missing, *x.shape[1:])
-            if x.is_contiguous()
-            else _unsqueezed(x, missing)
-        )
+        x = x.view(x.shape[0], *(1,) * missing, *x.shape[1:]) if x.is_contiguous() else _unsqueezed(x, missing)
     return x.expand(x.shape[0], *size), 0
 
 
