@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
 __all__ = [
@@ -61,3 +62,14 @@ def suspended(mode: Any) -> Iterator[None]:
 def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` without the functorch preamble; only for use where no transform is active."""
     return torch._C._FunctionBase.__dict__["apply"].__get__(None, function)
+
+
+def composites_must_stand_aside() -> bool:
+    """Whether something is on that looks between an operation and its kernels: functorch transforms, autocast,
+    saved-tensor hooks (checkpoint among them) or forward-mode differentiation."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or forward_ad._current_level >= 0
+    )

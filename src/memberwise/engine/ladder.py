@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from memberwise._torch.functorch import Unbatchable, batch
-from memberwise.engine import trace
+from memberwise.engine import draws, trace
 from memberwise.engine.ambient import Region
 from memberwise.engine.operation import Operation
 from memberwise.engine.signals import Decline, Retreat
+from memberwise.engine.slices import member_slice, stack_results
 from memberwise.errors import EngineError, fail
-from memberwise.rules import random
 
 
 def descend(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -25,8 +25,8 @@ def descend(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) 
         found = op.rule(region, dims, *values, **kwargs)
         if type(found) is Decline:
             reason, found = found.reason, None
-    if found is None and op.is_random and random.draws(op, values, kwargs):
-        found = random.draw(op, region, values, dims, kwargs)
+    if found is None and op.is_random and draws.draws(op, values, kwargs):
+        found = draws.draw(op, region, values, dims, kwargs)
         path = "rule"
     if found is None:
         found, path, reason = _without_rule(op, region, values, dims, kwargs, reason)
@@ -66,25 +66,6 @@ def by_member(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any
     return stack_results(outs, op, region), 0
 
 
-def member_slice(value: Any, dim: Any, index: int) -> Any:
-    if isinstance(dim, list):
-        return [member_slice(entry, at, index) for entry, at in zip(value, dim, strict=True)]
-    return value if dim is None else value.select(0, index)
-
-
-def stack_results(outs: list[Any], op: Operation, region: Region) -> Any:
-    first = outs[0]
-    if isinstance(first, torch.Tensor):
-        if any(out.shape != first.shape for out in outs):
-            raise Retreat(f"{op.name} gives the members results of different shapes", region)
-        return torch.stack(outs)
-    if isinstance(first, list | tuple):
-        return type(first)(stack_results(list(column), op, region) for column in zip(*outs, strict=True))
-    if any(out != first for out in outs):
-        raise Retreat(f"{op.name} gives the members different values", region)
-    return first
-
-
 def agreement(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> Any:
     """The one value that all members read on the host, or a retreat where they differ."""
     outs = [
@@ -104,7 +85,7 @@ def agreement(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any
 
 def draws_apart(op: Operation, region: Region, batched: bool, values: Any, kwargs: Any) -> bool:
     """Whether each member draws its own; raises under randomness="error"."""
-    if not random.draws(op, values, kwargs):
+    if not draws.draws(op, values, kwargs):
         return False
     if region.randomness == "error":
         fail(

@@ -1,6 +1,6 @@
 """The rules: how each operation runs for all members at once. Importing this fills the table."""
 
-from memberwise.rules import matmul, pointwise, reduce, shape
+from memberwise.rules import linear, matmul, pointwise, reduce, shape
 from memberwise.rules.registry import register_rule
 
-__all__ = ["matmul", "pointwise", "reduce", "register_rule", "shape"]
+__all__ = ["linear", "matmul", "pointwise", "reduce", "register_rule", "shape"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from memberwise.engine.slices import member_slice, stack_results
 from memberwise.generators import drawing_from
 
 if TYPE_CHECKING:
@@ -51,8 +52,6 @@ def _stacked(dim: Any) -> bool:
 
 
 def _by_stream(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any, generators: Any) -> tuple[Any, Any]:
-    from memberwise.engine.ladder import member_slice, stack_results
-
     takes_generator = any(arg.name == "generator" for arg in op.func._schema.arguments)
     filler = _FILLERS.get(op.func)
     outs = []

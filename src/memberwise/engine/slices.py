@@ -1,0 +1,32 @@
+"""One operation's arguments for one member, and the members' results as one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from memberwise.engine.signals import Retreat
+
+if TYPE_CHECKING:
+    from memberwise.engine.ambient import Region
+    from memberwise.engine.operation import Operation
+
+
+def member_slice(value: Any, dim: Any, index: int) -> Any:
+    if isinstance(dim, list):
+        return [member_slice(entry, at, index) for entry, at in zip(value, dim, strict=True)]
+    return value if dim is None else value.select(0, index)
+
+
+def stack_results(outs: list[Any], op: Operation, region: Region) -> Any:
+    first = outs[0]
+    if isinstance(first, torch.Tensor):
+        if any(out.shape != first.shape for out in outs):
+            raise Retreat(f"{op.name} gives the members results of different shapes", region)
+        return torch.stack(outs)
+    if isinstance(first, list | tuple):
+        return type(first)(stack_results(list(column), op, region) for column in zip(*outs, strict=True))
+    if any(out != first for out in outs):
+        raise Retreat(f"{op.name} gives the members different values", region)
+    return first

@@ -1,0 +1,63 @@
+"""Linear layers as one node: a batched product with its bias, or one wide product of a shared input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from memberwise.engine.signals import Decline
+from memberwise.rules.composite import composite
+
+
+def _signature(input: Any, weight: Any, bias: Any = None) -> Any:  # F.linear's own name
+    return (input, weight, bias) if weight.ndim == 2 and input.ndim >= 1 else Decline("weight is no matrix")
+
+
+@composite(F.linear, signature=_signature)
+class Linear:
+    """`x @ weight.T + bias`; by single operations it is a view, a product and an addition each way."""
+
+    @staticmethod
+    def forward(info: Any, in_dims: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        x_dim, w_dim, b_dim = in_dims
+        if x_dim is None and w_dim is None:
+            return Decline("only the bias differs between members")
+        lead = x.shape[1:-1] if x_dim == 0 else x.shape[:-1]
+        if w_dim is None:
+            out = F.linear(x, weight)
+            return (out if bias is None else out + _bias_like(bias, b_dim, out.ndim)), ()
+        rows = x.reshape(info.batch_size, -1, x.shape[-1]) if x_dim == 0 else x.reshape(-1, x.shape[-1])
+        out = _product(rows, x_dim, weight, bias, b_dim)
+        return out.reshape(info.batch_size, *lead, weight.shape[1]), ()
+
+    @staticmethod
+    def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:
+        x, weight, bias = inputs
+        x_dim, w_dim, _ = in_dims
+        size, out_features = info.batch_size, grad.shape[-1]
+        rows = grad.reshape(size, -1, out_features)
+        grad_x = grad_weight = grad_bias = None
+        if needs[0]:
+            back = torch.bmm(rows, weight) if w_dim == 0 else rows @ weight
+            grad_x = back.view(*grad.shape[:-1], weight.shape[-1])
+        if needs[1]:
+            across = rows.transpose(1, 2)
+            own = x.reshape(size, -1, x.shape[-1]) if x_dim == 0 else x.reshape(-1, x.shape[-1])
+            grad_weight = torch.bmm(across, own) if x_dim == 0 else across @ own
+        if needs[2]:
+            grad_bias = rows.sum(1)
+        return grad_x, grad_weight, grad_bias
+
+
+def _bias_like(bias: torch.Tensor, dim: Any, ndim: int) -> torch.Tensor:
+    return bias if dim is None else bias.view(bias.shape[0], *(1,) * (ndim - 2), bias.shape[1])
+
+
+def _product(rows: torch.Tensor, dim: Any, weight: torch.Tensor, bias: Any, b_dim: Any) -> torch.Tensor:
+    """`(M, n, out)`; with a shared left side, each member's product reads the same rows."""
+    left = rows if dim == 0 else rows.expand(weight.shape[0], *rows.shape)
+    if bias is None:
+        return torch.bmm(left, weight.transpose(1, 2))
+    return torch.baddbmm(bias if b_dim is None else bias.unsqueeze(1), left, weight.transpose(1, 2))
