@@ -11,14 +11,18 @@ CODES: dict[str, str] = {
     "MW104": "a parameter or buffer has no values yet (a lazy module)",
     "MW105": "one object is shared by all members without being declared shared",
     "MW106": "the members differ outside their tensors",
+    "MW107": "tensors of one member share memory, which their stack does not",
+    "MW108": "something that is not a module was given as a model",
+    "MW109": "dicts of stacked tensors do not belong to one stack",
+    "MW110": "functional_call was called with arguments it cannot use",
+    "MW111": "a part of the template lies on the meta device and was given no values",
     "MW201": "vmap was called with arguments it cannot map",
     "MW202": "a random operation was called under randomness='error'",
     "MW203": "a returned value cannot be stacked",
     "MW204": "a value is of a kind that cannot be stacked",
-    "MW205": "a write of a member's value reached a tensor that all members share, where no way back exists",
     "MW206": "an operation ran member by member",
-    "MW208": "the host read a value in which the members differ, where no way back exists",
     "MW207": "a function or module ran member by member",
+    "MW208": "the members part ways in a backward pass, where no way back exists",
     "MW401": "a hyperparameter has a wrong number of values",
     "MW402": "a hyperparameter has a value out of its range",
     "MW403": "members have different values where all must have one",
@@ -46,6 +50,10 @@ class StateError(MemberwiseError, RuntimeError):
 
 class ArgumentError(MemberwiseError, ValueError):
     """An argument is malformed (torch raises ValueError here)."""
+
+
+class KindError(MemberwiseError, TypeError):
+    """An argument is of a kind that cannot be used (torch raises TypeError here)."""
 
 
 class EngineError(MemberwiseError, RuntimeError):

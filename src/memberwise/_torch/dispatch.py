@@ -33,6 +33,7 @@ functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 push_mode: Callable[[Any], None] = torch._C._push_on_torch_dispatch_stack
 mode_depth: Callable[[], int] = torch._C._len_torch_dispatch_stack
 DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
+without_dispatch = torch._C._DisableTorchDispatch
 
 
 def pop_mode() -> Any:

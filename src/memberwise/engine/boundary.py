@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from memberwise._torch.dispatch import pop_mode, push_mode
+from memberwise._torch.functions import enter_functions, leave_functions
 from memberwise.engine import retreat
 from memberwise.engine.ambient import Region
 from memberwise.engine.arguments import Arguments, mapped
@@ -119,6 +122,7 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
     inside, swaps = arguments.enter(region)
     region.running = True
     _local.regions = (*outer, region)
+    enter_functions(_current_region)
     push_mode(region)
     try:
         try:
@@ -127,6 +131,7 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
                 out = func(*args, **kwargs)
         finally:
             _take_off(region)
+            leave_functions()
             _local.regions = outer
         result = outputs(out, out_dims, region, _name(func))
         for slots, swap in swaps:
@@ -143,6 +148,26 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
         region.forget()
     _sum_leaf_gradients(region)
     return result
+
+
+def _current_region() -> Any:
+    return partial(_again, _local.regions[-1]) if _local.regions else None
+
+
+@contextmanager
+def _again(region: Region) -> Iterator[None]:
+    """Inside `region` once more, for code that autograd runs later: a user's backward, a recomputation."""
+    outer = _local.regions
+    if region in outer:
+        yield
+        return
+    _local.regions = (*outer, region)
+    push_mode(region)
+    try:
+        yield
+    finally:
+        _take_off(region)
+        _local.regions = outer
 
 
 def _take_off(region: Region) -> None:

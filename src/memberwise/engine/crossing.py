@@ -72,6 +72,8 @@ _exit = applier(Exit)
 
 
 def _inside(tensor: torch.Tensor, batched: bool, region: Region) -> MemberTensor:
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
     if not batched:
         return wrap_unbatched(tensor, region, outside=True)
     member = wrap(tensor, region)

@@ -10,23 +10,45 @@ from typing import Any
 
 import torch
 
+from memberwise._torch.dispatch import without_dispatch
 from memberwise.engine import ladder, trace
 from memberwise.engine.ambient import Region
 from memberwise.engine.layout import promote, settle
 from memberwise.engine.operation import Operation, describe
-from memberwise.engine.signals import Retreat
+from memberwise.engine.signals import part_ways
 from memberwise.engine.tensor import MemberTensor, wrap, wrap_contiguous, wrap_unbatched, wrap_view
-from memberwise.errors import EngineError, fail
 
 
 def on_dispatch(func: Any, args: Any, kwargs: Any, region: Region | None = None) -> Any:
     """Entry from `__torch_dispatch__`: of a region's mode (all operations inside), or of a member tensor."""
-    call = Call(describe(func), region)
+    func = _MATERIAL.get(func, func)
+    op = describe(func)
+    if op.moves_in_place and isinstance(args[0], MemberTensor):
+        return _move_in_place(func, args, kwargs or {}, region)
+    call = Call(op, region)
     call.unwrap(args, kwargs or {})
     return call.run()
 
 
+def _move_in_place(func: Any, args: Any, kwargs: dict[str, Any], region: Region | None) -> Any:
+    """`squeeze_` and its kin: the view that the plain operation gives, taken over by the same object."""
+    member = args[0]
+    packet = getattr(torch.ops.aten, func._schema.name.removeprefix("aten::")[:-1])
+    moved = on_dispatch(getattr(packet, func._overloadname), args, kwargs, region)
+    member._inner, member._differs = moved._inner, False
+    with without_dispatch():
+        func(*args, **kwargs)
+    return member
+
+
 MemberTensor._on_dispatch = on_dispatch
+
+_MATERIAL = {
+    torch.ops.aten._efficientzerotensor.default: torch.ops.aten.zeros.default,
+    torch.ops.aten._conj.default: torch.ops.aten.conj_physical.default,
+    torch.ops.aten._neg_view.default: torch.ops.aten.neg.default,
+}
+"""Lazy results, and the same with memory: below dispatch the keys that would make them real are off."""
 
 
 class Call:
@@ -92,6 +114,8 @@ class Call:
             if self.plain is None:
                 self.plain = []
             self.plain.append(arg)
+            if arg.is_conj() or arg.is_neg():
+                arg = arg.resolve_conj().resolve_neg()
         return arg, None
 
     def _find_level(self, args: Any, kwargs: dict[str, Any]) -> None:
@@ -119,8 +143,12 @@ class Call:
             self._before_write(self.batched or draws)
         if not self.batched and not draws:
             return self._wrap_equal(self._record("shared", op.func, *self.values, **self.kwargs))
-        out, dims = ladder.descend(op, region, self.values, self.dims, self.kwargs)
-        return self._give_back() if op.returned else self._wrap(out, dims)
+        out, dims, path = ladder.descend(op, region, self.values, self.dims, self.kwargs)
+        if op.returned:
+            return self._give_back()
+        if path != "rule" and not op.is_view:
+            self.differs = True  # torch's batching may leave a member's part in another order than the lone one
+        return self._wrap(out, dims)
 
     def _record(self, path: str, func: Any, *values: Any, **kwargs: Any) -> Any:
         if trace.active is None:
@@ -170,10 +198,7 @@ class Call:
             region.keep(target._inner)
 
     def _refuse_shared_write(self, region: Region) -> None:
-        what = f"{self.op.name} writes a member's value into a tensor that all members share"
-        if region.running:
-            raise Retreat(what, region)
-        fail(EngineError, "MW205", what, do="Clone the tensor inside the function before writing to it")
+        part_ways(region, f"{self.op.name} writes a member's value into a tensor that all members share")
 
     def _give_back(self) -> Any:
         """Return the written arguments themselves, as an in-place operation does."""

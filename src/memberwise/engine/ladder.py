@@ -10,13 +10,13 @@ from memberwise._torch.functorch import Unbatchable, batch
 from memberwise.engine import draws, trace
 from memberwise.engine.ambient import Region
 from memberwise.engine.operation import Operation
-from memberwise.engine.signals import Decline, Retreat
+from memberwise.engine.signals import Decline, part_ways
 from memberwise.engine.slices import member_slice, stack_results
 from memberwise.errors import EngineError, fail
 
 
-def descend(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> tuple[Any, Any]:
-    """`(out, out_dims)` of one operation with at least one stacked argument, or drawn apart."""
+def descend(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> tuple[Any, Any, str]:
+    """`(out, out_dims, path)` of one operation with at least one stacked argument, or drawn apart."""
     record = trace.active
     start = trace.clock() if record is not None else 0.0
     path, reason = "rule", ""
@@ -32,7 +32,7 @@ def descend(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) 
         found, path, reason = _without_rule(op, region, values, dims, kwargs, reason)
     if record is not None:
         record.note(op.name, path, reason, trace.clock() - start)
-    return found
+    return *found, path
 
 
 def _without_rule(
@@ -74,10 +74,7 @@ def agreement(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any
     ]
     first = outs[0]
     if any(out != first and not (out != out and first != first) for out in outs):
-        what = f"{op.name} reads a value on the host, and the members differ in it"
-        if region.running:
-            raise Retreat(what, region)
-        fail(EngineError, "MW208", what, do="Run the members one by one, or keep the value on the device")
+        part_ways(region, f"{op.name} reads a value on the host, and the members differ in it")
     if trace.active is not None:
         trace.active.note(op.name, "agreement", "", 0.0)
     return first

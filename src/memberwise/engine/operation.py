@@ -22,6 +22,9 @@ class Operation:
         returned: for each return, the argument that comes back as it, or None.
         is_view: whether the results alias the first argument.
         is_random: whether it draws.
+        is_host: whether it returns a value to the host.
+        moves_in_place: whether it changes the shape or strides of its argument (`squeeze_`).
+        lone_contiguous: whether its lone result is contiguous, whatever the arguments.
     """
 
     func: Any
@@ -32,6 +35,7 @@ class Operation:
     is_view: bool
     is_random: bool
     is_host: bool
+    moves_in_place: bool = False
     lone_contiguous: bool = False
 
 
@@ -78,5 +82,6 @@ def _read(func: Any) -> Operation:
         bool(getattr(func, "is_view", False)),
         torch.Tag.nondeterministic_seeded in func.tags,
         torch.Tag.data_dependent_output in func.tags,
+        torch.Tag.inplace_view in func.tags,
         func in LONE_CONTIGUOUS,
     )

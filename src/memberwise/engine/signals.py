@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
+
+from memberwise.errors import EngineError, fail
 
 
 class Retreat(BaseException):
@@ -12,6 +14,13 @@ class Retreat(BaseException):
         super().__init__(reason)
         self.reason = reason
         self.region = region
+
+
+def part_ways(region: Any, what: str) -> NoReturn:
+    """Retreat from a running call; afterwards (in its backward) there is no way back, and it is an error."""
+    if region.running:
+        raise Retreat(what, region)
+    fail(EngineError, "MW208", what, do="Keep the value on the device, or run the members one by one")
 
 
 class Decline:

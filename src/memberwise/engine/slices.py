@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memberwise.engine.signals import Retreat
+from memberwise.engine.signals import part_ways
 
 if TYPE_CHECKING:
     from memberwise.engine.ambient import Region
@@ -23,10 +23,10 @@ def stack_results(outs: list[Any], op: Operation, region: Region) -> Any:
     first = outs[0]
     if isinstance(first, torch.Tensor):
         if any(out.shape != first.shape for out in outs):
-            raise Retreat(f"{op.name} gives the members results of different shapes", region)
+            part_ways(region, f"{op.name} gives the members results of different shapes")
         return torch.stack(outs)
     if isinstance(first, list | tuple):
         return type(first)(stack_results(list(column), op, region) for column in zip(*outs, strict=True))
     if any(out != first for out in outs):
-        raise Retreat(f"{op.name} gives the members different values", region)
+        part_ways(region, f"{op.name} gives the members different values")
     return first

@@ -1,0 +1,67 @@
+"""Backward code of users' autograd Functions, run inside the call whose forward made it.
+
+Such code makes tensors (`torch.zeros(x.shape)`) and writes members' values into them; without the region's mode
+they would be plain. torch has no public hook around a node's backward that also ends when it raises, so while a
+region runs, `Function.apply` is replaced by one that gives each new node an `apply` of its own. The replacement
+ends with the call; the node's own attribute lives as long as the node.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import BackwardCFunction
+
+_lock = threading.Lock()
+_depth = 0
+_original: Any = Function.__dict__["apply"]
+_around: Callable[[], Callable[[], AbstractContextManager[Any]] | None] = lambda: None
+
+
+def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+    out = _original.__get__(None, cls)(*args, **kwargs)
+    around = _around()
+    if around is not None:
+        for value in out if isinstance(out, tuple | list) else (out,):
+            node = value.grad_fn if isinstance(value, torch.Tensor) else None
+            if isinstance(node, BackwardCFunction) and "apply" not in node.__dict__:
+                node.apply = _inside(node.apply, around)  # type: ignore[method-assign] # this node's alone
+    return out
+
+
+def _inside(apply: Callable[..., Any], around: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:
+    def run(*grads: Any) -> Any:
+        with around():
+            return apply(*grads)
+
+    return run
+
+
+_patched = classmethod(_apply)
+
+
+def enter_functions(around: Callable[[], Any]) -> None:
+    """From here on, nodes of users' Functions run their backward inside `around()()`.
+
+    `around` answers for the calling thread, with None where no region runs in it.
+    """
+    global _depth, _around
+    with _lock:
+        _depth += 1
+        _around = around
+        if _depth == 1:
+            Function.apply = _patched  # type: ignore[assignment] # taken back when the last region ends
+
+
+def leave_functions() -> None:
+    """End what `enter_functions` began."""
+    global _depth
+    with _lock:
+        _depth -= 1
+        if _depth == 0:
+            Function.apply = _original
