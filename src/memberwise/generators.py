@@ -28,6 +28,14 @@ def default_generator(device: torch.device) -> torch.Generator:
     return torch.default_generator
 
 
+def global_generators() -> list[torch.Generator]:
+    """The global generators that a call may draw from: the CPU's, and those of devices in use."""
+    found = [torch.default_generator]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found.extend(torch.cuda.default_generators)
+    return found
+
+
 @contextmanager
 def drawing_from(generator: torch.Generator | None) -> Iterator[None]:
     """Let operations that take no generator draw from this one; the global stream is left as it was."""

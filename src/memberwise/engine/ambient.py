@@ -14,6 +14,7 @@ import torch
 from memberwise._torch.dispatch import DispatchMode
 from memberwise.engine.crossing import total
 from memberwise.engine.tensor import MemberTensor
+from memberwise.generators import global_generators
 
 _classes: list[type[MemberTensor]] = [MemberTensor]
 
@@ -71,7 +72,7 @@ class Region(DispatchMode):
     def keep_streams(self) -> None:
         """Remember where the random streams stand, before the first draw."""
         if self._streams is None and self.running:
-            used = self.generators if self.generators is not None else [torch.default_generator]
+            used = self.generators if self.generators is not None else global_generators()
             self._streams = [(generator, generator.get_state()) for generator in used]
 
     def rewind_streams(self) -> None:

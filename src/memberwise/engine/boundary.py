@@ -20,6 +20,7 @@ from memberwise.engine.crossing import total
 from memberwise.engine.outputs import bad, check_out_dims, leaf_dims, outputs
 from memberwise.engine.signals import Retreat
 from memberwise.engine.tensor import MemberTensor
+from memberwise.errors import EngineError, fail
 from memberwise.trees import tree_transpose_map
 
 
@@ -61,7 +62,8 @@ def vmap(
     tensor([5., 5., 5.])
     """
     if randomness not in ("error", "different", "same"):
-        bad(f"randomness must be 'error', 'different' or 'same', got {randomness!r}")
+        what = f"vmap: only 'error', 'different' and 'same' are allowed values for randomness, got {randomness!r}"
+        fail(EngineError, "MW201", what)
     if chunk_size is not None and chunk_size <= 0:
         bad(f"vmap: chunk_size should be None or greater than 0. (got {chunk_size})")
     name = _name(func)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memberwise.engine.slices import member_slice, stack_results
-from memberwise.generators import drawing_from
+from memberwise.generators import drawing_from, global_generators, restoring
 
 if TYPE_CHECKING:
     from memberwise.engine.ambient import Region
@@ -38,13 +38,23 @@ def draws(op: Operation, values: Any, kwargs: Any) -> bool:
 
 def draw(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> tuple[Any, Any] | None:
     """`(out, 0)` of a random operation, or None where torch's batching draws right."""
-    if region.randomness != "different":
-        return None
+    if region.randomness == "same":
+        return _alike(op, region, values, dims, kwargs)
     if region.generators is not None:
         return _by_stream(op, region, values, dims, kwargs, region.generators)
     if op.returned == (0,) and dims[0] == 0 and not any(_stacked(dim) for dim in dims[1:]):
         return op.func(*values, **kwargs), 0
     return None
+
+
+def _alike(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> tuple[Any, Any]:
+    """randomness="same": every member draws from the same point of the global stream."""
+    outs = []
+    for i in range(region.batch_size):
+        own = [member_slice(value, dim, i) for value, dim in zip(values, dims, strict=True)]
+        with restoring(global_generators() if i < region.batch_size - 1 else []):
+            outs.append(op.func(*own, **kwargs))
+    return stack_results(outs, op, region), 0
 
 
 def _stacked(dim: Any) -> bool:

@@ -22,7 +22,7 @@ from memberwise.engine.signals import Retreat
 from memberwise.engine.slots import Slots, Swap
 from memberwise.engine.tensor import MemberTensor
 from memberwise.errors import EngineError, fail
-from memberwise.generators import drawing_from, restoring
+from memberwise.generators import drawing_from, global_generators, restoring
 from memberwise.trees import tree_leaves, tree_map
 
 Swaps = list[tuple[Slots, Swap]]
@@ -273,7 +273,7 @@ def _stream(region: Region, index: int) -> Iterator[None]:
         elif region.randomness == "error":
             stack.enter_context(_RefuseDraws())
         elif region.randomness == "same" and index < region.batch_size - 1:
-            stack.enter_context(restoring([torch.default_generator]))
+            stack.enter_context(restoring(global_generators()))
         yield
 
 

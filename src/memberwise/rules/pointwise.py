@@ -26,7 +26,7 @@ cosh deg2rad digamma elu erf erfc erfinv exp exp2 expm1 fill floor frac gelu har
 hardtanh i0 isfinite isinf isnan leaky_relu lgamma log log10 log1p log2 log_sigmoid_forward logical_not logit
 mish nan_to_num neg polygamma positive rad2deg reciprocal relu relu6 round rsqrt selu sgn sigmoid sign signbit
 silu sin sinc sinh softplus softshrink sqrt square tan tanh threshold trunc zeros_like ones_like full_like
-empty_like clone _to_copy bernoulli alias_copy special_entr special_erfcx special_i0e special_i1 special_i1e
+empty_like clone _to_copy alias_copy special_entr special_erfcx special_i0e special_i1 special_i1e
 special_log_ndtr special_ndtri real_copy imag_copy
 """)
 
