@@ -1,0 +1,226 @@
+"""From a watched run to a program: which input stands where, what the step left behind, what it returned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from memberwise.capture.arguments import Arguments
+from memberwise.capture.draws import Draw
+from memberwise.capture.guards import Change, Guards
+from memberwise.capture.places import Grad, Place
+from memberwise.capture.program import Input, Output, Program, Setting
+from memberwise.capture.reach import PLAIN, Reach
+from memberwise.capture.record import Recorder
+from memberwise.capture.refusals import Refusal
+from memberwise.trees import tree_map
+
+
+class Refused(Exception):
+    """No program can be made of this run; carries the `Refusal`."""
+
+    def __init__(self, reason: str, found: str, where: str = "") -> None:
+        super().__init__(reason)
+        self.refusal = Refusal(reason, found, where)
+
+
+class Before:
+    """What a recording has to know of the moment before the step runs."""
+
+    def __init__(self, reach: Reach, arguments: Arguments) -> None:
+        self.reach = reach
+        self.arguments = arguments
+        self.setting = Setting.now()
+        self.guards = Guards(reach.rows)
+        labelled = [(f"argument {k}", t) for k, t in enumerate(arguments.tensors)]
+        leaves = {id(t): (label, t) for label, t in [*labelled, *reach.leaves] if t.requires_grad and t.is_leaf}
+        self.leaves = [tensor for _, tensor in leaves.values()]
+        self.labels = [label for label, _ in leaves.values()]
+        self.grads = [tensor.grad for tensor in self.leaves]
+
+
+class Assembly:
+    """The making of one program."""
+
+    def __init__(self, before: Before, recorder: Recorder) -> None:
+        self.before = before
+        self.recorder = recorder
+        self.outputs: list[fx.Node] = []
+        self.values: list[Any] = []
+        self.given: list[tuple[int, int]] = []
+        self.moving: list[tuple[int, Place]] = []
+        self.draws: list[tuple[int, Draw]] = []
+        self.pinned: dict[int, tuple[int, list[Place]]] = {}
+        self.stores: list[tuple[Place, int | None]] = []
+        self._index: dict[int, int] = {}
+        self._positions = {id(t): k for k, t in reversed(list(enumerate(before.arguments.tensors)))}
+        self._grads = {
+            id(grad): Grad(leaf, label)
+            for leaf, label, grad in zip(before.leaves, before.labels, before.grads, strict=True)
+            if grad is not None
+        }
+
+    def program(self, out: Any) -> Program:
+        """The program of a step that returned `out`; raises `Refused`."""
+        self._check_aliases()
+        for value, line in zip(self.recorder.inputs, self.recorder.lines, strict=True):
+            self._add(value, line)
+        count = len(self.values)
+        self._store_changes()
+        self._store_grads()
+        result = tree_map(self._returned, out)
+        for tensor in (*self.before.arguments.tensors, *self.before.reach.tensors):
+            self._value(tensor)
+        self.recorder.graph.output(tuple(self.outputs))
+        graph = fx.GraphModule(self.recorder.constants, self.recorder.graph)
+        return self._finished(graph, result, count)
+
+    def _finished(self, graph: fx.GraphModule, result: Any, count: int) -> Program:
+        before = self.before
+        stored = [place for place, _ in self.stores]
+        positions = {position for _, position in self.given}
+        firsts = before.arguments.firsts or range(len(before.arguments.tensors))
+        held = [(k, t) for k, t in enumerate(before.arguments.tensors) if firsts[k] not in positions]
+        program = Program(
+            graph=graph,
+            values=self.values,
+            given=self.given,
+            held=held,
+            moving=self.moving,
+            draws=self.draws,
+            stores=self.stores,
+            result=result,
+            guards=before.guards.without(stored),
+            pinned=self.pinned,
+            leaves=before.leaves,
+            filled=[grad is not None for grad in before.grads],
+            arguments=before.arguments,
+            written=self.recorder.written,
+            setting=before.setting,
+            count=count,
+        )
+        program.prepare()
+        before.arguments.forget()
+        return program
+
+    def _check_aliases(self) -> None:
+        """Two inputs on one memory that is written to: a compiled program may reorder the accesses."""
+        storages: dict[int, int] = {}
+        for index, value in enumerate(self.recorder.inputs):
+            if not isinstance(value, torch.Tensor):
+                continue
+            storage = value.untyped_storage()._cdata
+            if storage in storages and storage in self.recorder.written:
+                raise Refused(
+                    "aliased", f"first used at {self.recorder.lines[storages[storage]]}", self.recorder.lines[index]
+                )
+            storages[storage] = index
+
+    def _add(self, value: torch.Tensor | Draw, line: str) -> None:
+        if isinstance(value, Draw):
+            self.draws.append((len(self.values), value))
+            self.values.append(value.example)
+        elif self._value(value) is None:
+            raise Refused("unknown-tensor", f"one of shape {tuple(value.shape)}", line)
+
+    def _value(self, tensor: torch.Tensor) -> int | None:
+        """The position of a tensor that was there before the step among the values; None if no place holds it."""
+        key = id(tensor)
+        if key in self._index:
+            return self._index[key]
+        index = len(self.values)
+        places = self.before.reach.places.get(key)
+        if places is not None:
+            self.pinned[key] = index, places
+        elif key in self._positions:
+            self.given.append((index, self._positions[key]))
+        elif key in self._grads:
+            self.moving.append((index, self._grads[key]))
+        else:
+            return None
+        self.values.append(tensor)
+        self._index[key] = index
+        return index
+
+    def _output(self, tensor: torch.Tensor, what: str) -> int:
+        """The position of a tensor that the step made among the graph's outputs."""
+        node = self.recorder.node(tensor)
+        if node is None:
+            raise Refused("unknown-tensor", f"{what}, of shape {tuple(tensor.shape)}")
+        if tensor.requires_grad and not _is_spent(tensor):
+            raise Refused("needs-graph", what)
+        if node not in self.outputs:
+            self.outputs.append(node)
+        return self.outputs.index(node)
+
+    def _store_changes(self) -> None:
+        for change in self.before.guards.changes():
+            now = change.now
+            if change.place is None or not isinstance(now, torch.Tensor) or self.recorder.is_input(now):
+                raise Refused("python-state", change.what)
+            if isinstance(now, torch.nn.Parameter):
+                raise Refused("python-state", f"{change.place.label} is a new parameter")
+            self.stores.append((change.place, self._output(now, change.place.label)))
+            self._make_moving(change)
+
+    def _make_moving(self, change: Change) -> None:
+        """What stood in a place that the step fills anew was filled in by the step before."""
+        key = id(change.before)
+        if key not in self.pinned:
+            return
+        index, places = self.pinned.pop(key)
+        if len(places) > 1:
+            raise Refused("python-state", f"{change.place.label} is filled anew and also held by {places[-1].label}")
+        self.moving.append((index, places[0]))
+
+    def _store_grads(self) -> None:
+        rows = zip(self.before.leaves, self.before.labels, self.before.grads, strict=True)
+        for leaf, label, grad in rows:
+            if leaf.grad is grad:
+                continue
+            place = Grad(leaf, label)
+            if leaf.grad is None:
+                self.stores.append((place, None))
+            elif self.recorder.is_input(leaf.grad):
+                raise Refused("unknown-tensor", place.label)
+            else:
+                self.stores.append((place, self._output(leaf.grad, place.label)))
+
+    def _returned(self, leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            if self.recorder.node(leaf) is not None and not self.recorder.is_input(leaf):
+                return Output(self._output(leaf, "the returned tensor"))
+            index = self._value(leaf)
+            if index is None:
+                raise Refused("unknown-tensor", f"the returned one, of shape {tuple(leaf.shape)}")
+            return Input(index)
+        if not isinstance(leaf, PLAIN):
+            raise Refused("returned-object", f"a {type(leaf).__name__}")
+        return leaf
+
+
+def _is_spent(tensor: torch.Tensor) -> bool:
+    """Whether a backward inside the step has used up the graph of this tensor."""
+    pending, seen = [tensor.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if _has_freed(node):
+            return True
+        pending.extend(function for function, _ in node.next_functions)
+    return False
+
+
+def _has_freed(node: Any) -> bool:
+    """Whether a graph node's saved tensors are gone."""
+    names = [name for name in dir(node) if name.startswith("_saved_")]
+    try:
+        for name in (*names, "saved_tensors"):
+            getattr(node, name, None)
+    except RuntimeError:
+        return True
+    return False

@@ -1,0 +1,104 @@
+"""Random draws: taken before each replay, in the recorded order, each from its own stream.
+
+A recorded program draws nothing itself. Where the step drew, it has an input, and a `Draw` fills that input as the
+step's own operation would: same operation, same memory order, same generator. So a replay takes from each stream
+what the eager step takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from memberwise.generators import default_generator, drawing_from
+
+
+class Draw:
+    """How one draw is taken again.
+
+    Attributes:
+        func, args, kwargs: the random operation and its arguments; a tensor among them is live memory.
+        example: a tensor like the drawn one. An operation that fills a tensor fills this one, each time.
+        stands_for: the member's stream that the global one stands for, or None.
+    """
+
+    def __init__(
+        self, func: Any, args: Any, kwargs: Any, drawn: torch.Tensor, *, fills: bool, stands_for: Any = None
+    ) -> None:
+        self.example = torch.empty_strided(drawn.shape, drawn.stride(), dtype=drawn.dtype, device=drawn.device)
+        self.func = func
+        self.args = (self.example, *args[1:]) if fills else args
+        self.kwargs = kwargs
+        self.stands_for = stands_for
+
+    def take(self) -> torch.Tensor:
+        """Draw."""
+        if self.stands_for is None:
+            return self.func(*self.args, **self.kwargs)
+        with drawing_from(self.stands_for):
+            return self.func(*self.args, **self.kwargs)
+
+
+class Streams:
+    """The random streams during a recording: in what state each draw found its stream, and left it.
+
+    A stream's state after one draw must be its state before the next; else somebody set it, and a replay would not.
+    One case of that is repeatable: a state set back to draw the same again, as checkpointing does. It is answered
+    with the earlier draw.
+    """
+
+    def __init__(self, generators: Iterable[torch.Generator]) -> None:
+        self._expected: dict[int, bytes] = {}
+        self._known: dict[int, torch.Generator] = {}
+        self._earlier: dict[Any, Any] = {}
+        for generator in (default_generator(torch.device("cpu")), *generators):
+            self.know(generator)
+
+    def know(self, generator: torch.Generator) -> None:
+        """Watch a stream from here on."""
+        if id(generator) not in self._known:
+            self._known[id(generator)] = generator
+            self._expected[id(generator)] = state_of(generator)
+
+    def in_turn(self, generator: torch.Generator, before: bytes) -> bool:
+        """Whether this state is where the recorded draws left the stream."""
+        return self._expected[id(generator)] == before
+
+    def moved(self, generator: torch.Generator, after: bytes) -> None:
+        """Note the state that a draw left its stream in."""
+        self._expected[id(generator)] = after
+
+    def earlier(self, key: Any) -> Any:
+        """What was remembered of an earlier draw, or None."""
+        return self._earlier.get(key)
+
+    def remember(self, key: Any, drawn: Any) -> None:
+        """Remember a draw by its operation, its stream and the state it found."""
+        self._earlier[key] = drawn
+
+    def untold(self) -> str:
+        """Which stream is not where the recorded draws left it; "" if all are."""
+        for key, generator in self._known.items():
+            if state_of(generator) != self._expected[key]:
+                is_global = generator is default_generator(generator.device)
+                return "the global stream" if is_global else "a member's stream or another generator"
+        return ""
+
+
+def state_of(generator: torch.Generator) -> bytes:
+    """A generator's state as a value."""
+    return generator.get_state().numpy().tobytes()
+
+
+def host_states(streams: Iterable[Any]) -> list[str]:
+    """The states of random streams of Python and NumPy, as values."""
+    return [repr(_host_state(stream)) for stream in streams]
+
+
+def _host_state(stream: Any) -> Any:
+    bits = getattr(stream, "bit_generator", None)
+    if bits is not None:
+        return bits.state
+    return stream.getstate() if hasattr(stream, "getstate") else stream.get_state()

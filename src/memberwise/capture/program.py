@@ -1,0 +1,185 @@
+"""A recorded step that can be replayed: what it is given, what it takes for granted, and where its results go."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from memberwise._torch.tensorguards import tensor_check
+from memberwise.capture.arguments import Arguments
+from memberwise.capture.draws import Draw
+from memberwise.capture.guards import Change, Guards
+from memberwise.capture.places import Place
+from memberwise.trees import tree_map
+
+
+class Output(NamedTuple):
+    """Stands in a returned structure for output `index` of the graph."""
+
+    index: int
+
+
+class Input(NamedTuple):
+    """Stands in a returned structure for value `index`, returned as it is."""
+
+    index: int
+
+
+class Setting(NamedTuple):
+    """The parts of torch's state that no tensor shows, and that change what a step computes."""
+
+    grad_enabled: bool
+    dtype: torch.dtype
+    autocast: torch.dtype
+    deterministic: bool
+
+    @classmethod
+    def now(cls) -> Setting:
+        """As they are."""
+        return cls(
+            torch.is_grad_enabled(),
+            torch.get_default_dtype(),
+            torch.get_autocast_dtype("cpu"),
+            torch.are_deterministic_algorithms_enabled(),
+        )
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Program:
+    """One recording of a step.
+
+    `values` are the graph's inputs, and after them the tensors that are only checked to be like before.
+
+    Attributes:
+        graph: the recorded operations; its placeholders are the first values.
+        values: those that stay; the others are filled in at each call.
+        given: `(value, tensor argument)` pairs of positions.
+        held: `(tensor argument, tensor)`: arguments that must be this very tensor.
+        moving: `(value, place)` of tensors looked up at each call.
+        draws: `(value, draw)` in the order of drawing.
+        stores: `(place, output)` of tensors that the step leaves in a place; None as output empties it.
+        result: the returned structure, with `Output` and `Input` in the tensors' places.
+        guards: the Python values that are taken for granted.
+        pinned: by `id`, the value that a tensor is, and all places that hold it.
+        leaves: tensors with a `.grad`.
+        filled: whether each leaf had one at the start.
+        arguments: what the step was called with.
+        written: storages that the program writes to.
+        setting: torch's state.
+    """
+
+    graph: fx.GraphModule
+    values: list[torch.Tensor]
+    given: list[tuple[int, int]]
+    held: list[tuple[int, torch.Tensor]]
+    moving: list[tuple[int, Place]]
+    draws: list[tuple[int, Draw]]
+    stores: list[tuple[Place, int | None]]
+    result: Any
+    guards: Guards
+    pinned: dict[int, tuple[int, list[Place]]]
+    leaves: list[torch.Tensor]
+    filled: list[bool]
+    arguments: Arguments
+    written: set[int]
+    setting: Setting
+    run: Callable[..., Sequence[torch.Tensor]] | None = None
+    count: int = 0
+    fixed_written: set[int] = dataclasses.field(default_factory=set)
+    check: Callable[..., bool] | None = None
+
+    def prepare(self) -> None:
+        """Derive what `match` compares."""
+        changing = {index for index, _ in (*self.given, *self.moving, *self.draws)}
+        stays = [value for index, value in enumerate(self.values) if index not in changing]
+        self.fixed_written = {_storage(value) for value in stays} & self.written
+        self.check = tensor_check(self.values)
+
+    def match(self, arguments: Arguments) -> list[torch.Tensor] | None:
+        """The values of this call, if the recording stands for it; else None."""
+        if not self.arguments.like(arguments) or Setting.now() != self.setting:
+            return None
+        if not self.guards.hold() and not self._settle():
+            return None
+        values = self.values.copy()
+        tensors = arguments.tensors
+        for index, position in self.given:
+            values[index] = tensors[position]
+        for index, place in self.moving:
+            values[index] = place.read()
+        return values if self._fits(values, tensors) else None
+
+    def _fits(self, values: list[torch.Tensor], tensors: list[torch.Tensor]) -> bool:
+        return (
+            self.check(*values)  # type: ignore[misc] # set by prepare()
+            and all(tensors[position] is tensor for position, tensor in self.held)
+            and [leaf.grad is not None for leaf in self.leaves] == self.filled
+            and self._apart(values)
+        )
+
+    def _apart(self, values: list[torch.Tensor]) -> bool:
+        """Whether the tensors that change from call to call share no memory that is written to."""
+        if not self.written:
+            return True
+        storages = [_storage(values[index]) for index, _ in (*self.given, *self.moving)]
+        return self.fixed_written.isdisjoint(storages) and len(set(storages)) == len(storages)
+
+    def _settle(self) -> bool:
+        """Take over equal values, and tensors that were exchanged for others of their kind."""
+        changes = self.guards.settle()
+        return not changes or self._exchange(changes)
+
+    def _exchange(self, changes: list[Change]) -> bool:
+        """Look changed tensors up at each call from now on, if that is all that changed."""
+        owners: dict[int, int] = {}
+        for change in changes:
+            if change.place is None or not _alike(change.before, change.now):
+                return False
+            owners[id(change.before)] = id(change.now)
+        for before, now in owners.items():
+            places = self.pinned[before][1] if before in self.pinned else []
+            if not places or any(id(place.read()) != now for place in places):
+                return False
+        for before in owners:
+            index, places = self.pinned.pop(before)
+            self.moving.append((index, places[0]))
+            self.guards = self.guards.without(places)
+        self.prepare()
+        return True
+
+    def replay(self, values: list[torch.Tensor]) -> Any:
+        """Draw, run, put results in their places, and build what the step returns."""
+        for index, draw in self.draws:
+            values[index] = draw.take()
+        with torch.no_grad():
+            outputs = self.run(*values[: self.count])  # type: ignore[misc] # compiled by the caller
+        for place, output in self.stores:
+            place.write(None if output is None else outputs[output])
+        if type(self.result) is Output:
+            return outputs[self.result.index]
+        return tree_map(lambda leaf: _resolve(leaf, outputs, values), self.result)
+
+
+def _resolve(leaf: Any, outputs: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Any:
+    if type(leaf) is Output:
+        return outputs[leaf.index]
+    return values[leaf.index] if type(leaf) is Input else leaf
+
+
+def _alike(before: Any, now: Any) -> bool:
+    """Whether a tensor without gradient was exchanged for one of its kind."""
+    return (
+        isinstance(before, torch.Tensor)
+        and type(now) is type(before)
+        and not (before.requires_grad or now.requires_grad)
+        and (now.shape, now.stride(), now.dtype, now.device)
+        == (before.shape, before.stride(), before.dtype, before.device)
+    )
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata

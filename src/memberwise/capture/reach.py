@@ -1,0 +1,353 @@
+"""What a step can reach: the values that it may read without being given them, and the places that hold them.
+
+The walk starts at the step and at its arguments that are neither tensors nor numbers, and follows closures, the
+globals that functions name, attributes, modules, optimizers and containers. Library code is not followed. Each
+value met becomes one entry of a `Row`; the guards compare rows, and tensors met have a `Place`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dis
+import enum
+import functools
+import operator
+import random
+import sys
+import sysconfig
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from memberwise.capture.places import Attribute, Item, Place
+from memberwise.capture.refusals import Refusal, is_library
+
+LIMIT = 100_000
+"""How many values are watched at most."""
+
+PLAIN = (
+    int, float, complex, str, bytes, type(None), enum.Enum, slice, range,
+    torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+"""Values that hold nothing else: watched, and not followed."""
+
+_CLOSED = (types.BuiltinFunctionType, types.CodeType, torch.Size, torch._C.ScriptObject)
+"""Values whose identity is watched, and that are not followed."""
+
+_MODULE_KEYS = frozenset(vars(nn.Module()))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "memberwise", "numpy"}
+_SITE = sysconfig.get_paths()["purelib"]
+
+
+class Row(NamedTuple):
+    """Several values of one holder, read by one call.
+
+    Attributes:
+        getter: gives a tuple with the value of each key (a single key stands twice).
+        holder: what is read.
+        places: one a value.
+        size: the holder's length, or -1 where new entries change nothing.
+    """
+
+    getter: Callable[[Any], tuple[Any, ...]]
+    holder: Any
+    places: tuple[Place, ...]
+    size: int
+
+
+def without(row: Row, places: Sequence[Place]) -> Row:
+    """The same row, less these places."""
+    dropped = set(map(id, places))
+    kept = [place for place in row.places if id(place) not in dropped]
+    return row if len(kept) == len(row.places) else Row(_getter(kept), row.holder, tuple(kept), row.size)
+
+
+class Reach:
+    """All that was found from `roots`, pairs of a label and a value.
+
+    Attributes:
+        rows: every value that is watched.
+        places: where each tensor met is held, by `id`.
+        leaves: tensors whose `.grad` a backward may fill, with their labels.
+        generators: random streams of torch met.
+        streams: random streams of Python and NumPy met.
+        optimizers: objects that prepare themselves for capture.
+        arrays: labels of NumPy arrays that the step names itself.
+        refusal: why no recording can stand on this, or None.
+    """
+
+    def __init__(self, roots: Iterable[tuple[str, Any]]) -> None:
+        self.rows: list[Row] = []
+        self.places: dict[int, list[Place]] = {}
+        self.tensors: list[torch.Tensor] = []
+        self.leaves: list[tuple[str, torch.Tensor]] = []
+        self.generators: list[torch.Generator] = []
+        self.streams: list[Any] = [random]
+        self.optimizers: list[Any] = []
+        self.arrays: list[str] = []
+        self.refusal: Refusal | None = None
+        self._seen: dict[int, Any] = {}
+        self._pending = collections.deque((label, value, None) for label, value in roots)
+        self._classes: set[type] = set()
+        self._watched = 0
+        self._walk()
+
+    def _walk(self) -> None:
+        while self._pending and self.refusal is None:
+            label, value, place = self._pending.popleft()
+            if isinstance(value, torch.Tensor):
+                self._tensor(label, value, place)
+            elif not isinstance(value, PLAIN) and id(value) not in self._seen:
+                self._seen[id(value)] = value
+                self._follow(label, value)
+
+    def _follow(self, label: str, value: Any) -> None:
+        for kinds, follow in _FOLLOW:
+            if isinstance(value, kinds):
+                follow(self, label, value)
+                return
+        self._object(label, value)
+
+    def _hold(self, holder: Any, places: list[Place], size: int = -1) -> None:
+        """Watch the values at `places`, all in `holder`, and follow them."""
+        if not places and size < 0:
+            return
+        self._watched += len(places)
+        if self._watched > LIMIT:
+            self.refusal = Refusal("too-large", f"{places[-1].label} is value {self._watched}")
+            return
+        self.rows.append(Row(_getter(places), holder, tuple(places), size))
+        self._pending.extend((place.label, place.read(), place) for place in places)
+
+    def _items(self, holder: Any, keys: Iterable[Any], label: str, *, sized: bool = False) -> None:
+        places: list[Place] = [Item(holder, key, f"{label}[{_written(key)}]") for key in keys]
+        self._hold(holder, places, len(holder) if sized else -1)
+
+    def _entries(self, holder: Any, keys: Iterable[str], label: str, *, sized: bool = False) -> None:
+        """As `_items`, of a namespace: its entries are written with a dot."""
+        places: list[Place] = [Item(holder, key, f"{label}.{key}") for key in keys]
+        self._hold(holder, places, len(holder) if sized else -1)
+
+    def _tensor(self, label: str, tensor: torch.Tensor, place: Place | None) -> None:
+        known = self.places.setdefault(id(tensor), [])
+        if place is not None:
+            known.append(place)
+        if id(tensor) in self._seen:
+            return
+        self._seen[id(tensor)] = tensor
+        self.tensors.append(tensor)
+        if tensor.requires_grad and tensor.is_leaf:
+            self.leaves.append((label, tensor))
+
+    def _mapping(self, label: str, value: Mapping[Any, Any]) -> None:
+        self._items(value, list(value), label, sized=True)
+
+    def _sequence(self, label: str, value: Any) -> None:
+        self._items(value, range(len(value)), label, sized=True)
+
+    def _tuple(self, label: str, value: tuple[Any, ...]) -> None:
+        places = [Item(value, index, f"{label}[{index}]") for index in range(len(value))]
+        self._pending.extend((place.label, place.read(), place) for place in places)
+
+    def _set(self, label: str, value: Any) -> None:
+        holder = _Members(value)
+        self._hold(holder, [Attribute(holder, "members", label)])
+
+    def _module(self, label: str, value: nn.Module) -> None:
+        own = vars(value)
+        self._entries(own, [key for key in own if key == "training" or key not in _MODULE_KEYS], label)
+        for name in ("_parameters", "_buffers", "_modules"):
+            self._entries(own[name], list(own[name]), label, sized=True)
+        for name in _HOOKS:
+            self._items(own[name], list(own[name]), f"{label}.{name}", sized=True)
+        self._class(label, type(value))
+
+    def _function(self, label: str, value: types.FunctionType) -> None:
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):  # an empty cell has no contents
+                self._named(name, cell.cell_contents)
+                self._hold(cell, [Attribute(cell, "cell_contents", name)])
+        self._entries(vars(value), list(vars(value)), label)
+        defaults = (value.__defaults__, value.__kwdefaults__)
+        self._pending.extend((label, held, None) for held in defaults if held)
+        if not is_library(value.__code__.co_filename):
+            self._globals(value)
+
+    def _globals(self, function: types.FunctionType) -> None:
+        """The globals that a function names, and what it names of modules of the user's."""
+        names, attributes = _names(function.__code__)
+        space = function.__globals__
+        found = [name for name in sorted(names) if name in space and not _is_library_value(space[name])]
+        if _is_installed(function):
+            found = [name for name in found if isinstance(space[name], PLAIN)]
+        for name in found:
+            self._named(name, space[name])
+            if isinstance(space[name], types.ModuleType):
+                self._entries(vars(space[name]), sorted(attributes & vars(space[name]).keys()), name)
+        self._hold(space, [Item(space, name, name) for name in found])
+
+    def _named(self, name: str, value: Any) -> None:
+        """A value that a function names itself."""
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and isinstance(value, numpy.ndarray):
+            self.arrays.append(name)
+
+    def _method(self, label: str, value: types.MethodType) -> None:
+        self._pending.extend([(label, value.__func__, None), (f"{label}.__self__", value.__self__, None)])
+
+    def _partial(self, label: str, value: functools.partial[Any]) -> None:
+        self._pending.extend((label, part, None) for part in (value.func, value.args, value.keywords))
+
+    def _wrapper(self, label: str, value: Any) -> None:
+        self._pending.append((label, value.__wrapped__, None))
+
+    def _class(self, label: str, value: type) -> None:
+        """Values and functions of a class of the user's; classes of libraries do not change."""
+        for owner in value.__mro__:
+            if owner in self._classes or _is_library_value(owner):
+                continue
+            self._classes.add(owner)
+            space = vars(owner)
+            keys = [key for key, held in space.items() if _is_own_entry(key, held)]
+            self._entries(space, keys, owner.__name__)
+
+    def _generator(self, label: str, value: torch.Generator) -> None:
+        self.generators.append(value)
+
+    def _stream(self, label: str, value: Any) -> None:
+        self.streams.append(value)
+
+    def _iterator(self, label: str, value: Any) -> None:
+        self.refusal = Refusal("iterator", f"{label} is a {type(value).__name__}")
+
+    def _nothing(self, label: str, value: Any) -> None:
+        pass
+
+    def _object(self, label: str, value: Any) -> None:
+        if _is_opaque(type(value)):
+            return
+        if hasattr(value, "sync_hyperparameters"):
+            self.optimizers.append(value)
+        own = getattr(value, "__dict__", None)
+        if own is not None:
+            self._entries(own, list(own), label, sized=True)
+        slots = [name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)]
+        self._hold(value, [Attribute(value, name, f"{label}.{name}") for name in slots])
+        self._class(label, type(value))
+
+
+class _Members:
+    """A set, seen as a value that is one object as long as the set holds the same."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+        self.before = frozenset(held)
+
+    @property
+    def members(self) -> frozenset[Any]:
+        return self.before if self.held == self.before else frozenset(self.held)
+
+
+def _numpy_streams() -> tuple[type, ...]:
+    try:
+        from numpy.random import Generator, RandomState
+    except ImportError:
+        return ()
+    return Generator, RandomState
+
+
+_FOLLOW: tuple[tuple[Any, Callable[[Reach, str, Any], None]], ...] = (
+    (_CLOSED, Reach._nothing),
+    (nn.Module, Reach._module),
+    (types.MethodType, Reach._method),
+    (types.FunctionType, Reach._function),
+    (functools.partial, Reach._partial),
+    (type, Reach._class),
+    (types.ModuleType, Reach._nothing),
+    (type(functools.lru_cache(lambda: None)), Reach._wrapper),
+    (Mapping, Reach._mapping),
+    ((list, collections.deque), Reach._sequence),
+    (tuple, Reach._tuple),
+    ((set, frozenset), Reach._set),
+    (torch.Generator, Reach._generator),
+    ((random.Random, *_numpy_streams()), Reach._stream),
+    (Iterator, Reach._iterator),
+)
+"""How a value of each kind is followed; the first kind that fits counts."""
+
+
+def _getter(places: list[Place]) -> Callable[[Any], tuple[Any, ...]]:
+    """One C-level call that reads all places of a holder as a tuple."""
+    if not places:
+        return _empty
+    keys = [place.key for place in places]
+    if len(keys) == 1:
+        keys = keys * 2
+    return (operator.itemgetter if isinstance(places[0], Item) else operator.attrgetter)(*keys)
+
+
+def _empty(holder: Any) -> tuple[Any, ...]:
+    return ()
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+def _names(code: types.CodeType) -> tuple[set[str], set[str]]:
+    """Global names and attribute names that code refers to, functions inside it included."""
+    names: set[str] = set()
+    attributes: set[str] = set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            names.add(instruction.argval)
+        elif instruction.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
+            attributes.add(instruction.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            inner_names, inner_attributes = _names(constant)
+            names |= inner_names
+            attributes |= inner_attributes
+    return names, attributes
+
+
+def _written(key: Any) -> str:
+    return repr(key) if isinstance(key, PLAIN) else f"<{type(key).__name__}>"
+
+
+def _is_own_entry(key: str, held: Any) -> bool:
+    if isinstance(held, PLAIN):
+        return not key.startswith("__")
+    return isinstance(held, types.FunctionType | list | dict)
+
+
+def _is_installed(function: types.FunctionType) -> bool:
+    return function.__code__.co_filename.startswith(_SITE)
+
+
+def _root(module: str | None) -> str:
+    return (module or "").partition(".")[0]
+
+
+def _is_library_value(value: Any) -> bool:
+    """Functions, classes and modules of torch, NumPy, Memberwise and the standard library."""
+    if isinstance(value, types.ModuleType):
+        return _root(value.__name__) in _LIBRARIES
+    if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
+        return _root(value.__module__) in _LIBRARIES
+    return False
+
+
+def _is_opaque(kind: type) -> bool:
+    """Objects of the standard library and NumPy: locks, loggers, paths; namespaces are the exception."""
+    if kind in (types.SimpleNamespace, argparse.Namespace):
+        return False
+    return _root(kind.__module__) in _LIBRARIES - {"torch", "memberwise"}

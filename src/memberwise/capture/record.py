@@ -1,0 +1,262 @@
+"""The recorder: watches one eager run of a step and writes down each operation, below autograd and below members.
+
+Nothing is simulated. The step runs on the real tensors, once, and counts; the recorder only looks on. So a step that
+turns out not to be recordable has lost nothing: it has run as it would have.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from memberwise._torch.dispatch import DispatchMode
+from memberwise._torch.pytree import tree_flatten, tree_unflatten
+from memberwise.capture.draws import Draw, Streams, state_of
+from memberwise.capture.reads import HostReads
+from memberwise.capture.refusals import Refusal, user_line
+from memberwise.generators import default_generator
+
+_aten = torch.ops.aten
+_Tag = torch.Tag
+_BY_VALUE = {_Tag.data_dependent_output, _Tag.dynamic_output_shape}
+_PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__
+
+
+class Recorder(DispatchMode):
+    """A dispatch mode that records what runs under it.
+
+    Attributes:
+        graph: the operations so far; its placeholders are `inputs`, in order.
+        inputs: what each placeholder stands for: a tensor that was there before, or a `Draw`.
+        lines: the user's line that used each input first.
+        constants: tensors made from Python numbers, by attribute name.
+        written: storages of inputs that an operation wrote to.
+        refusal: why the recording is of no use, or None.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, generators: Iterable[torch.Generator] = ()) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.inputs: list[torch.Tensor | Draw] = []
+        self.lines: list[str] = []
+        self.constants: dict[str, torch.Tensor] = {}
+        self.written: set[int] = set()
+        self.refusal: Refusal | None = None
+        self.streams = Streams(generators)
+        self.reads = HostReads(self.refuse)
+        self._nodes: Any = WeakTensorKeyDictionary()
+        self._input_ids: set[int] = set()
+        self._fixed: set[int] = set()
+        self._first: fx.Node | None = None
+
+    def watch(self, step: Callable[[], Any]) -> Any:
+        """Run `step` and return what it returns."""
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # a cached cast is a tensor that no operation shows
+        try:
+            with self.reads, self:
+                out = step()
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+        moved = self.streams.untold()
+        if moved:
+            self.refuse(Refusal("random-state", f"{moved} was moved otherwise than by draws"))
+        return out
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Give the recording up; the first reason counts. The step runs on."""
+        if self.refusal is None:
+            self.refusal = refusal
+
+    def node(self, tensor: torch.Tensor) -> fx.Node | None:
+        """The node of a tensor that the step made or read, else None."""
+        return self._nodes.get(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.refusal is not None:
+            return func(*args, **kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        if any(_is_subclass(leaf) for leaf in leaves):
+            return NotImplemented
+        if not isinstance(func, torch._ops.OpOverload):
+            self.refuse(Refusal("higher-order", str(func), user_line()))
+            return func(*args, **kwargs)
+        if _Tag.nondeterministic_seeded in func.tags:
+            return self._draw(func, args, kwargs)
+        self._refuse_read(func, leaves)
+        out = func(*args, **kwargs)
+        if self.refusal is None:
+            try:
+                self._record(func, leaves, spec, out)
+            except Exception as error:  # the step must not fail for being watched
+                self.refuse(Refusal("internal", f"{func}: {error!r}", user_line()))
+        return out
+
+    def _refuse_read(self, func: Any, leaves: list[Any]) -> None:
+        """Refuse results that depend on values, unless these are the same in each run."""
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if self._all_fixed(tensors):
+            return
+        if _Tag.data_dependent_output in func.tags:
+            self.refuse(Refusal("host-read", _called(self.reads, func), user_line()))
+        elif _Tag.dynamic_output_shape in func.tags and not _has_known_shape(func, leaves):
+            self.refuse(Refusal("dynamic-shape", _called(self.reads, func), user_line()))
+        elif _Tag.inplace_view in func.tags and self.is_input(tensors[0]):
+            self.refuse(Refusal("memory", f"{func} changes the shape of a tensor in place", user_line()))
+
+    def is_input(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor was there before the step."""
+        return self.node(tensor) is None or id(tensor) in self._input_ids
+
+    def _all_fixed(self, tensors: list[torch.Tensor]) -> bool:
+        return all(_storage(tensor) in self._fixed for tensor in tensors)
+
+    def _record(self, func: Any, leaves: list[Any], spec: Any, out: Any) -> None:
+        made = [x for x in tree_flatten(out)[0] if isinstance(x, torch.Tensor)]
+        if not made and not func._schema.is_mutable:
+            return
+        fixed = self._all_fixed([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+        if func is _aten.lift_fresh.default or (fixed and _BY_VALUE & set(func.tags)):
+            self._constants(made)
+            return
+        args, kwargs = tree_unflatten([self._argument(leaf) for leaf in leaves], spec)
+        written = _written(func, *tree_unflatten(leaves, spec))
+        self._name_results(self._append(func, args, kwargs), out)
+        self._note(made, written, fixed)
+
+    def _note(self, made: list[torch.Tensor], written: list[torch.Tensor], fixed: bool) -> None:
+        """Remember what was written to, and whose values are the same in each run."""
+        self.written |= {_storage(tensor) for tensor in written}
+        touched = {_storage(tensor) for tensor in (*made, *written)}
+        self._fixed = self._fixed | touched if fixed else self._fixed - touched
+
+    def _argument(self, leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            node = self.node(leaf)
+            return self.input(leaf) if node is None else node
+        return tuple(leaf) if isinstance(leaf, torch.Size) else leaf
+
+    def _append(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(func, args, kwargs)
+        self._first = self._first or node
+        return node
+
+    def _name_results(self, node: fx.Node, out: Any) -> None:
+        if isinstance(out, torch.Tensor):
+            self._nodes[out] = node
+            return
+        for index, made in enumerate(out or ()):
+            if isinstance(made, torch.Tensor):
+                self._nodes[made] = self._append(operator.getitem, (node, index), {})
+            elif not isinstance(made, int | None):
+                raise TypeError(f"a result of type {type(made).__name__}")
+
+    def input(self, value: torch.Tensor | Draw) -> fx.Node:
+        """A new input of the graph."""
+        with self.graph.inserting_before(self._first) if self._first else nullcontext():
+            node = self.graph.placeholder(f"input_{len(self.inputs)}")
+        self.inputs.append(value)
+        self.lines.append(user_line())
+        if isinstance(value, torch.Tensor):
+            self._nodes[value] = node
+            self._input_ids.add(id(value))
+        return node
+
+    def _constants(self, tensors: list[torch.Tensor]) -> None:
+        """Tensors made from Python numbers, which the guards watch."""
+        source = self.reads.made_from()
+        if source:
+            self.refuse(Refusal("host-data", source, user_line()))
+            return
+        for tensor in tensors:
+            name = f"constant_{len(self.constants)}"
+            self.constants[name] = tensor.clone()
+            attribute = self.graph.get_attr(name)
+            self._first = self._first or attribute
+            self._nodes[tensor] = self._append(_aten.lift_fresh_copy.default, (attribute,), {})
+            self._fixed.add(_storage(tensor))
+
+    def _draw(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Let a random operation happen, and make its result an input."""
+        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        device = tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
+        generator = kwargs.get("generator") or default_generator(device)
+        self.streams.know(generator)
+        before = state_of(generator)
+        out = func(*args, **kwargs)
+        try:
+            self._record_draw(func, args, kwargs, out, generator, before)
+        except Exception as error:  # the step must not fail for being watched
+            self.refuse(Refusal("internal", f"{func}: {error!r}", user_line()))
+        return out
+
+    def _record_draw(
+        self, func: Any, args: Any, kwargs: Any, out: Any, generator: torch.Generator, before: bytes
+    ) -> None:
+        after = state_of(generator)
+        if after == before and not (isinstance(out, torch.Tensor) and out.numel() == 0):
+            self._record(func, *tree_flatten((args, kwargs)), out)  # this call draws nothing
+            return
+        fills = func._schema.is_mutable
+        values = tree_flatten((args[1:] if fills else args, kwargs))[0]
+        if not isinstance(out, torch.Tensor) or not all(map(self._is_untouched, values)):
+            self.refuse(Refusal("random-values", _called(self.reads, func), user_line()))
+            return
+        key = (func, id(generator), before, out.shape, out.stride(), out.dtype, repr(args[1:]))
+        drawn = self.streams.earlier(key)
+        if self.streams.in_turn(generator, before):
+            drawn = self.input(Draw(func, args, kwargs, out, fills=fills))
+            self.streams.moved(generator, after)
+            self.streams.remember(key, drawn)
+        elif drawn is None:
+            self.refuse(Refusal("random-state", "a stream was set inside the step", user_line()))
+            return
+        if fills:
+            self._nodes[out] = self._append(_aten.copy_.default, (self._argument(args[0]), drawn), {})
+        else:
+            self._nodes[out] = self._append(_aten.clone.default, (drawn,), {})
+        self._note([out], [args[0]] if fills else [], fixed=False)
+
+    def _is_untouched(self, value: Any) -> bool:
+        """Whether a draw's argument is known before the step runs."""
+        if not isinstance(value, torch.Tensor):
+            return True
+        return self.is_input(value) and _storage(value) not in self.written
+
+
+def _is_subclass(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and type(leaf).__torch_dispatch__ is not _PLAIN_DISPATCH
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The tensors among the arguments that an operation writes to, by its schema."""
+    found: list[torch.Tensor] = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            found += [x for x in (value if isinstance(value, list | tuple) else [value]) if x is not None]
+    return found
+
+
+def _has_known_shape(func: Any, leaves: list[Any]) -> bool:
+    """`index` has a dynamic shape for masks only."""
+    if func is not _aten.index.Tensor:
+        return False
+    return not any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in leaves[1:])
+
+
+def _called(reads: HostReads, func: Any) -> str:
+    return f"Tensor.{reads.call[0]}" if reads.call is not None else str(func)

@@ -1,0 +1,146 @@
+"""A captured step: records on a first call, compiles on the second of its kind, replays from then on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from memberwise._torch.dispatch import functorch_active, mode_depth
+from memberwise._torch.inductor import compiler_missing
+from memberwise.capture.arguments import Arguments
+from memberwise.capture.assembly import Assembly, Before, Refused
+from memberwise.capture.cache import Compiled
+from memberwise.capture.draws import host_states
+from memberwise.capture.program import Program
+from memberwise.capture.reach import Reach
+from memberwise.capture.record import Recorder
+from memberwise.capture.refusals import Refusal
+from memberwise.errors import StackWarning, text
+
+KEPT = 8
+"""How many recordings of one step are kept; the least recently used goes first."""
+
+PATIENCE = 3
+"""After so many refused recordings in a row, a step runs eagerly for good."""
+
+
+class CapturedStep:
+    """A step and its recordings.
+
+    Attributes:
+        step: the user's function.
+        programs: recordings, the last used first.
+        refusals: why recordings were refused, in order.
+        recorded, replayed: how many calls were recorded, and replayed.
+    """
+
+    def __init__(self, step: Callable[..., Any], backend: str) -> None:
+        self.step = step
+        self.programs: list[Program] = []
+        self.refusals: list[Refusal] = []
+        self.recorded = 0
+        self.replayed = 0
+        self._compiled = Compiled(KEPT, backend)
+        self._in_a_row = 0
+        self._eager = False
+        self._warned: set[str] = set()
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the step: by a recording that stands for this call, else eagerly."""
+        if self._eager or mode_depth() or functorch_active() or torch.compiler.is_compiling():
+            return self.step(*args, **kwargs)
+        arguments = Arguments(args, kwargs)
+        for program in self.programs:
+            values = program.match(arguments)
+            if values is not None:
+                return self._replay(program, values, args, kwargs)
+        return self._record(arguments, args, kwargs)
+
+    def _replay(self, program: Program, values: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
+        if program is not self.programs[0]:
+            self.programs.remove(program)
+            self.programs.insert(0, program)
+        if program.run is None and not self._compile(program, values):
+            return self.step(*args, **kwargs)
+        self.replayed += 1
+        return program.replay(values)
+
+    def _compile(self, program: Program, values: list[torch.Tensor]) -> bool:
+        """Compile a recording at its first use; False if that cannot be done here."""
+        missing = compiler_missing() if self._compiled.backend == "inductor" else ""
+        if missing:
+            self._give_up(
+                "MW502",
+                f"the step runs eagerly, as it cannot be compiled: {missing}",
+                "Install a C++ compiler (g++ or clang++), or name one in the variable CXX",
+            )
+            return False
+        try:
+            program.run = self._compiled.get(program.graph, values[: program.count])
+        except Exception as error:  # whatever the compiler cannot do, the step can
+            self._refuse(Refusal("not-compiled", f"{type(error).__name__}: {str(error).splitlines()[0]}"))
+            self.programs.remove(program)
+            return False
+        return True
+
+    def _record(self, arguments: Arguments, args: Any, kwargs: Any) -> Any:
+        """Run the step eagerly, watched; keep what was recorded if it can be replayed."""
+        reach = self._reach(arguments)
+        if reach.refusal is not None:
+            self._refuse(reach.refusal)
+            return self.step(*args, **kwargs)
+        self.recorded += 1
+        before = Before(reach, arguments)
+        recorder = Recorder(reach.generators)
+        drawn = host_states(reach.streams)
+        out = recorder.watch(lambda: self.step(*args, **kwargs))
+        if host_states(reach.streams) != drawn:
+            recorder.refuse(Refusal("random-state", "a random stream of Python or NumPy moved"))
+        try:
+            if recorder.refusal is not None:
+                raise Refused(*recorder.refusal)
+            self._keep(Assembly(before, recorder).program(out))
+        except Refused as refused:
+            self._refuse(refused.refusal)
+        return detached(out)
+
+    def _reach(self, arguments: Arguments) -> Reach:
+        roots = [("step", self.step), *((f"argument {type(x).__name__}", x) for x in arguments.objects)]
+        reach = Reach(roots)
+        if not reach.optimizers:
+            return reach
+        for optimizer in reach.optimizers:
+            optimizer.capture_state()
+        return Reach(roots)
+
+    def _keep(self, program: Program) -> None:
+        self._in_a_row = 0
+        self.programs.insert(0, program)
+        del self.programs[KEPT:]
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Note a refusal; warn once it will not pass by itself."""
+        self.refusals.append(refusal)
+        self._in_a_row += 1
+        if self._in_a_row >= PATIENCE or refusal.reason != "python-state":
+            self._warn("MW501", f"the step runs eagerly: {refusal.sentence()}", refusal.advice())
+        self._eager = self._in_a_row >= PATIENCE
+
+    def _give_up(self, code: str, what: str, do: str) -> None:
+        self._eager = True
+        self._warn(code, what, do)
+
+    def _warn(self, code: str, what: str, do: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(text(code, what, do=do), StackWarning, stacklevel=5)
+
+
+def detached(out: Any) -> Any:
+    """What a replay would return: the same values without a gradient graph."""
+    from memberwise.trees import tree_map
+
+    return tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) and x.grad_fn is not None else x, out)
