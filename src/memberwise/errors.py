@@ -16,6 +16,7 @@ CODES: dict[str, str] = {
     "MW109": "dicts of stacked tensors do not belong to one stack",
     "MW110": "functional_call was called with arguments it cannot use",
     "MW111": "a part of the template lies on the meta device and was given no values",
+    "MW112": "there are more or fewer models than were announced",
     "MW201": "vmap was called with arguments it cannot map",
     "MW202": "a random operation was called under randomness='error'",
     "MW203": "a returned value cannot be stacked",
@@ -34,6 +35,10 @@ CODES: dict[str, str] = {
     "MW409": "one number was asked of a hyperparameter that has one value a member",
     "MW410": "indices do not name members",
     "MW411": "members cannot be selected from a part of the state",
+    "MW501": "a step cannot be captured and runs eagerly",
+    "MW502": "a step runs eagerly, as there is no C++ compiler",
+    "MW503": "a step is recorded anew over and over",
+    "MW504": "compile was called with arguments it cannot use",
 }
 """What each code means. MW1xx state, MW2xx engine, MW3xx Stack, MW4xx training, MW5xx capture, MW6xx checks."""
 
@@ -72,8 +77,10 @@ def text(code: str, what: str, *, do: str = "") -> str:
     """
     if code not in CODES:
         raise KeyError(f"unknown code {code}")
-    parts = [what.rstrip(".") + ".", do.rstrip(".") + "." if do else "", f"[{code}]"]
-    return " ".join(part for part in parts if part)
+    lines = "\n" in what  # a list keeps its last line to itself
+    parts = [what if lines else what.rstrip(".") + ".", do.rstrip(".") + "." if do else "", f"[{code}]"]
+    first, *rest = [part for part in parts if part]
+    return first + ("\n" if lines else " ") + " ".join(rest)
 
 
 def fail(kind: type[MemberwiseError], code: str, what: str, *, do: str = "") -> NoReturn:
