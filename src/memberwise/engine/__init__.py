@@ -1,6 +1,6 @@
 """The road of a member's tensor: boundary -> tensor -> dispatch -> a rule."""
 
-from memberwise.engine import dispatch, function
+from memberwise.engine import dispatch, function, trace
 from memberwise.engine.boundary import vmap
 
-__all__ = ["dispatch", "function", "vmap"]
+__all__ = ["dispatch", "function", "trace", "vmap"]

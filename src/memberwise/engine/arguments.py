@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from memberwise._torch.pytree import broadcast_to_and_flatten, tree_flatten, tree_unflatten
 from memberwise.engine.ambient import Region
 from memberwise.engine.crossing import enter
+from memberwise.engine.flattening import broadcast_dims, flatten, unflatten
 from memberwise.engine.slots import Slots, Swap
 from memberwise.errors import ArgumentError, fail
 from memberwise.trees import Each
@@ -74,27 +74,41 @@ def _first(tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
 
 def mapped(name: str, in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """Arguments of `vmap(func, in_dims)(*args, **kwargs)`, validated as `torch.vmap` does."""
-    where = f"vmap({name}, in_dims={in_dims}, ...)(<inputs>)"
+
+    def where() -> str:
+        return f"vmap({name}, in_dims={in_dims}, ...)(<inputs>)"
+
     if not isinstance(in_dims, int | tuple):
-        _bad(where, f"expected `in_dims` to be int or a (nested) tuple like the inputs, got {type(in_dims)}")
+        _bad(where(), f"expected `in_dims` to be int or a (nested) tuple like the inputs, got {type(in_dims)}")
     if not args and not kwargs:
         _bad(f"vmap({name})(<inputs>)", "got no inputs; a function without inputs cannot be mapped")
-    flat, spec = tree_flatten(args)
-    dims = broadcast_to_and_flatten(in_dims, spec)
+    given: list[Any] = []
+    counts: list[int] = []
+    shapes = []
+    for arg in args:
+        before = len(given)
+        shapes.append(flatten(arg, given))
+        counts.append(len(given) - before)
+    dims = broadcast_dims(in_dims, args, counts)
     if dims is None:
-        _bad(where, f"in_dims is not compatible with the structure of the inputs, which is {spec}")
-    flat_kwargs, kwargs_spec = tree_flatten(kwargs)
-    leaves = [_unmark(leaf) for leaf in [*flat, *flat_kwargs]]
-    checked = [
-        _check_dim(where, k, given, dim)
-        for k, (given, dim) in enumerate(zip([*flat, *flat_kwargs], [*dims, *[None] * len(flat_kwargs)], strict=True))
-    ]
-    count = len(flat)
+        _bad(where(), f"in_dims is not compatible with the structure of the inputs, which is {shapes}")
+    kwargs_shape = flatten(kwargs, given) if kwargs else None
+    dims += [None] * (len(given) - len(dims))
+    leaves = given.copy()
+    for k, leaf in enumerate(given):
+        if isinstance(leaf, torch.Tensor):
+            if dims[k] == 0 and leaf.ndim:
+                continue
+        else:
+            leaves[k] = _unmark(leaf)
+        if dims[k] is not None or leaves[k] is not leaf:
+            dims[k] = _check_dim(where, k, leaf, dims[k])
 
     def build(inside: list[Any]) -> Any:
-        return tree_unflatten(inside[:count], spec), tree_unflatten(inside[count:], kwargs_spec)
+        rest = iter(inside)
+        return [unflatten(shape, rest) for shape in shapes], unflatten(kwargs_shape, rest) if kwargs else {}
 
-    return Arguments(leaves, checked, build)
+    return Arguments(leaves, dims, build)
 
 
 def _unmark(leaf: Any) -> Any:
@@ -103,22 +117,22 @@ def _unmark(leaf: Any) -> Any:
     return slots_of(leaf) or leaf
 
 
-def _check_dim(where: str, place: int, leaf: Any, dim: Any) -> int | None:
+def _check_dim(where: Callable[[], str], place: int, leaf: Any, dim: Any) -> int | None:
     if type(leaf) is Each:
         return leaf.dim % max(leaf.value.ndim, 1)
     if dim is not None and not isinstance(dim, int):
-        _bad(where, f"got in_dim={dim} for input {place}; it must be an int or None")
+        _bad(where(), f"got in_dim={dim} for input {place}; it must be an int or None")
     if dim is None:
         return None
     if slots_of(leaf) is not None:
         if dim != 0:
-            _bad(where, f"got in_dim={dim} for a stack, whose members are at 0")
+            _bad(where(), f"got in_dim={dim} for a stack, whose members are at 0")
         return 0
     if not isinstance(leaf, torch.Tensor):
-        _bad(where, f"got in_dim={dim} for an input of type {type(leaf)}, which is no Tensor; use None for it")
+        _bad(where(), f"got in_dim={dim} for an input of type {type(leaf)}, which is no Tensor; use None for it")
     if not -leaf.ndim <= dim < leaf.ndim:
         _bad(
-            where,
+            where(),
             f"got in_dim={dim} for a Tensor of dimensionality {leaf.ndim}, "
             f"so expected in_dim to satisfy -{leaf.ndim} <= in_dim < {leaf.ndim}",
         )

@@ -91,7 +91,8 @@ def enter(tensors: list[torch.Tensor], batched: list[bool], region: Region) -> l
     tracked = [k for k, t in enumerate(tensors) if t.requires_grad]
     if len(tracked) == len(tensors) and tensors:
         return list(_enter(region, tuple(batched), *tensors))
-    out = [_inside(t, held, region) for t, held in zip(tensors, batched, strict=True)]
+    pairs = zip(tensors, batched, strict=True)
+    out: list[Any] = [t if t.requires_grad else _inside(t, held, region) for t, held in pairs]
     if tracked:
         entered = _enter(region, tuple(batched[k] for k in tracked), *(tensors[k] for k in tracked))
         for k, member in zip(tracked, entered, strict=True):

@@ -15,7 +15,7 @@ from memberwise.engine import ladder, trace
 from memberwise.engine.ambient import Region
 from memberwise.engine.layout import promote, settle
 from memberwise.engine.operation import Operation, describe
-from memberwise.engine.signals import part_ways
+from memberwise.engine.signals import Decline, part_ways
 from memberwise.engine.tensor import MemberTensor, wrap, wrap_contiguous, wrap_unbatched, wrap_view
 
 
@@ -23,11 +23,60 @@ def on_dispatch(func: Any, args: Any, kwargs: Any, region: Region | None = None)
     """Entry from `__torch_dispatch__`: of a region's mode (all operations inside), or of a member tensor."""
     func = _MATERIAL.get(func, func)
     op = describe(func)
+    if op.quick and not kwargs and trace.active is None:
+        out = _quick(op, args, region)
+        if out is not None:
+            return out
     if op.moves_in_place and isinstance(args[0], MemberTensor):
         return _move_in_place(func, args, kwargs or {}, region)
     call = Call(op, region)
     call.unwrap(args, kwargs or {})
     return call.run()
+
+
+def _quick(op: Operation, args: Any, region: Region | None) -> Any:
+    """The first rung for the common case, checks first: member tensors of one level and scalars, rule, no write.
+
+    None where the case is another; then nothing has been done. Half the cost of the ladder below, which does the
+    same and more.
+    """
+    source: Any = None
+    cls = None if region is None else region.tensor_class
+    dims: list[Any] = []
+    values: list[Any] = []
+    for arg in args:
+        kind = type(arg)
+        if kind is cls or (cls is None and isinstance(arg, MemberTensor)):
+            if arg._differs or not arg._batched:
+                return None
+            if source is None:
+                source = arg
+                cls, region = kind, arg._region
+            dims.append(0)
+            values.append(arg._inner)
+        elif kind in _SCALARS or (kind is list and (not arg or type(arg[0]) is int)):
+            dims.append(None)
+            values.append(arg)
+        else:
+            return None
+    if source is None or region is None:
+        return None
+    out = op.rule(region, dims, *values)
+    if type(out) is Decline:
+        return None
+    out, out_dims = out
+    if out_dims != 0 or type(out) is not torch.Tensor:
+        return None if not op.is_view else _wrap_views(out, source)
+    if op.is_view:
+        return wrap_view(out, source)
+    return wrap_contiguous(out, region) if op.lone_contiguous else wrap(out, region)
+
+
+_SCALARS = frozenset((int, float, bool, type(None), torch.dtype))
+
+
+def _wrap_views(out: Any, source: MemberTensor) -> Any:
+    return [wrap_view(entry, source) for entry in out] if isinstance(out, list | tuple) else None
 
 
 def _move_in_place(func: Any, args: Any, kwargs: dict[str, Any], region: Region | None) -> Any:

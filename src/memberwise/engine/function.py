@@ -11,13 +11,10 @@ from memberwise.engine.tensor import MemberTensor
 from memberwise.rules.registry import composite_for
 
 
-def on_function(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+def on_function(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     """Entry from `__torch_function__`."""
     with DisableTorchFunctionSubclass():
-        read = HOST.get(func)
-        if read is not None:
-            return read(*args, **kwargs) if kwargs else read(*args)
-        rule = composite_for(func)
+        rule = composite_for(func) or HOST.get(func)
         if rule is not None:
             out = rule(*args, **kwargs) if kwargs else rule(*args)
             if type(out) is not Decline:
@@ -25,4 +22,4 @@ def on_function(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
-MemberTensor._on_function = on_function
+MemberTensor.__torch_function__ = classmethod(on_function)  # type: ignore[assignment] # one call less an operation

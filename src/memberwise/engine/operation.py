@@ -24,6 +24,7 @@ class Operation:
         is_random: whether it draws.
         is_host: whether it returns a value to the host.
         moves_in_place: whether it changes the shape or strides of its argument (`squeeze_`).
+        quick: whether a rule may be tried with no further look.
         lone_contiguous: whether its lone result is contiguous, whatever the arguments.
     """
 
@@ -37,6 +38,11 @@ class Operation:
     is_host: bool
     moves_in_place: bool = False
     lone_contiguous: bool = False
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        apart = self.written or self.is_random or self.is_host or self.moves_in_place
+        self.quick = self.rule is not None and not apart
 
 
 _KNOWN: dict[Any, Operation] = {}

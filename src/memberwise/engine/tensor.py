@@ -39,17 +39,12 @@ class MemberTensor(torch.Tensor):
     _family: list[Any] | None = None
     _base = 0
 
-    # Set by `memberwise.engine.dispatch` and `memberwise.rules.composite`, which import this module.
+    # Set by `memberwise.engine.dispatch`, which imports this module (as `engine.function` sets __torch_function__).
     _on_dispatch: Callable[..., Any]
-    _on_function: Callable[..., Any]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return MemberTensor._on_dispatch(func, args, kwargs)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return MemberTensor._on_function(func, types, args, kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         held = "" if self._batched else ", equal in all members"

@@ -6,6 +6,11 @@ result. A composite is a class with two static methods on stacked tensors, below
     forward(info, in_dims, *args)                           -> (out, kept), or a Decline
     backward(info, in_dims, needs, inputs, kept, grad)      -> one gradient an argument, (M, *s) or None
 
+A class may also set `saves`, the places of the arguments that backward needs (all, unless it says so; the others
+arrive as None), and then gives `again(needs, inputs, kept, *grads)`: its backward in differentiable torch
+functions on member tensors, for double backward. Without `saves` the layer is run again by single operations.
+`plain` is what is run then, if it is not the torch function itself.
+
 `args` are positional as in `signature`; `kept` is a tuple of tensors (or None) for backward; `out` is one stacked
 tensor or a tuple of them. The gradient of a shared argument is returned per member too; who shares it sums.
 """
@@ -20,7 +25,6 @@ import torch
 from memberwise._torch.dispatch import (
     applier,
     composites_must_stand_aside,
-    mode_depth,
     pop_mode,
     push_mode,
     top_mode,
@@ -28,131 +32,152 @@ from memberwise._torch.dispatch import (
 from memberwise.engine import trace
 from memberwise.engine.ambient import Region
 from memberwise.engine.signals import Decline
-from memberwise.engine.tensor import MemberTensor, wrap_contiguous
+from memberwise.engine.tensor import MemberTensor, stacked, wrap, wrap_contiguous
 from memberwise.rules.registry import composites_disabled, register_composite
 
 _ASIDE = Decline("a transform, autocast, a saved-tensor hook or a mode is active")
+_UNSEEN = Decline("no member tensor, or members of several levels, among its arguments")
 
 
 class _Node(torch.autograd.Function):
     """The autograd node of every composite."""
 
     @staticmethod
-    def forward(ctx: Any, call: Composite, region: Region, *args: Any) -> Any:
-        dims = [_dim(arg) for arg in args]
-        out, kept = call.run(region, dims, args)
+    def forward(ctx: Any, call: Composite, region: Region, dims: Any, values: Any, *args: Any) -> Any:
+        out, kept = call.run(region, dims, values)
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.region, ctx.dims = call, region, dims
-        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        ctx.args = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
-        ctx.slots = [isinstance(arg, torch.Tensor) for arg in args]
-        ctx.count = len(tensors)
-        ctx.save_for_backward(*tensors, *kept)
+        saves = call.saves
+        held = [isinstance(arg, torch.Tensor) and (saves is None or place in saves) for place, arg in enumerate(args)]
+        ctx.call = (call, region, dims)
+        ctx.rest = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
+        ctx.held = held
+        ctx.save_for_backward(*[arg for arg, keep in zip(args, held, strict=True) if keep], *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        call, region, dims = ctx.call
         saved = ctx.saved_tensors
-        tensors = iter(saved[: ctx.count])
-        args = [next(tensors) if held else arg for arg, held in zip(ctx.args, ctx.slots, strict=True)]
-        needs = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
-            return None, None, *_recomputed(ctx.call, args, needs, grads)
-        return None, None, *ctx.call.run_backward(ctx.region, ctx.dims, needs, args, saved[ctx.count :], grads)
+        args = ctx.rest.copy()
+        count = 0
+        for place, keep in enumerate(ctx.held):
+            if keep:
+                args[place] = saved[count]
+                count += 1
+        needs = ctx.needs_input_grad[4:]
+        found = (
+            call.run_again(region, needs, args, saved[count:], grads)
+            if torch.is_grad_enabled()
+            else call.run_backward(region, dims, needs, args, saved[count:], grads)
+        )
+        return None, None, None, None, *found
 
 
 _apply = applier(_Node)
 
 
-def _dim(arg: Any) -> int | None:
-    return 0 if isinstance(arg, MemberTensor) and arg._batched else None
-
-
-def _inner(arg: Any) -> Any:
-    return arg._inner if isinstance(arg, MemberTensor) else arg
-
-
-def _recomputed(call: Composite, args: list[Any], needs: Any, grads: Any) -> list[Any]:
-    """Gradients that can be differentiated again: the layer anew, by its single operations."""
-    with composites_disabled(), torch.enable_grad():
-        out = call.function(*args)
-        outs = [out] if isinstance(out, torch.Tensor) else list(out)
-        pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None]
-        wanted = [arg for arg, need in zip(args, needs, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
-            )
-        )
-    return [next(found) if need else None for need in needs]
-
-
 class Composite:
     """One layer's pair of functions, with the way in and out."""
 
-    __slots__ = ("backward", "forward", "function", "name")
+    __slots__ = ("again", "backward", "forward", "function", "name", "saves")
 
     def __init__(self, function: Callable[..., Any], rule: Any) -> None:
-        self.function = function
+        self.function = getattr(rule, "plain", function)
         self.name = f"composite::{rule.__name__.lower()}"
         self.forward = rule.forward
         self.backward = rule.backward
+        self.saves: tuple[int, ...] | None = getattr(rule, "saves", None)
+        self.again: Callable[..., Any] | None = getattr(rule, "again", None)
 
     def __call__(self, *args: Any) -> Any:
         """The layer's result, or a Decline."""
         if composites_must_stand_aside():
             return _ASIDE
-        region = _region(args)
-        if region is None or (mode_depth() and region.running and top_mode() is not region):
-            return _ASIDE
-        if torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
-            for arg in args:
-                if isinstance(arg, torch.Tensor) and arg.requires_grad and not isinstance(arg, MemberTensor):
-                    region.watch(arg)
-            try:
-                return _apply(self, region, *args)
-            except Declined as signal:
-                return signal.decline
+        region: Region | None = None
+        tracked = False
+        dims: list[Any] = []
+        values: list[Any] = []
+        for arg in args:
+            if isinstance(arg, MemberTensor):
+                if region is None:
+                    region = arg._region
+                elif region is not arg._region:
+                    return _UNSEEN
+                dims.append(0 if arg._batched else None)
+                values.append(arg._inner)
+                tracked = tracked or arg.requires_grad
+            else:
+                dims.append(None)
+                values.append(arg)
+                if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                    tracked = True
+        if region is None or (region.running and top_mode() is not region):
+            return _UNSEEN if region is None else _ASIDE
         try:
-            return self.run(region, [_dim(arg) for arg in args], args)[0]
+            if tracked and torch.is_grad_enabled():
+                _watch_plain(args, region)
+                return _apply(self, region, dims, values, *args)
+            return self.run(region, dims, values)[0]
         except Declined as signal:
             return signal.decline
 
-    def run(self, region: Region, dims: list[Any], args: Any) -> tuple[Any, Any]:
+    def run(self, region: Region, dims: list[Any], values: Any) -> tuple[Any, Any]:
         """Forward on the stacked tensors; member tensors out."""
-        start = trace.clock() if trace.active is not None else 0.0
-        inside = region.running and top_mode() is region
+        record = trace.active
+        start = trace.clock() if record is not None else 0.0
+        inside = region.running
         if inside:
             pop_mode()
         try:
-            found = self.forward(region, dims, *map(_inner, args))
+            found = self.forward(region, dims, *values)
         finally:
             if inside:
                 push_mode(region)
         if type(found) is Decline:
             raise Declined(found)
-        if trace.active is not None:
-            trace.active.note(self.name, "rule", "", trace.clock() - start)
+        if record is not None:
+            record.note(self.name, "rule", "", trace.clock() - start)
         out, kept = found
-        return _wrapped(out, region), kept
+        if isinstance(out, torch.Tensor):
+            return wrap_contiguous(out, region), kept
+        return tuple([wrap_contiguous(entry, region) for entry in out]), kept
 
     def run_backward(self, region: Region, dims: Any, needs: Any, args: Any, kept: Any, grads: Any) -> list[Any]:
         """Backward on the stacked tensors; member tensors out."""
-        start = trace.clock() if trace.active is not None else 0.0
+        record = trace.active
+        start = trace.clock() if record is not None else 0.0
         inside = region.running and top_mode() is region
         if inside:
             pop_mode()
         try:
-            stacked = [None if grad is None else _stacked(grad, region) for grad in grads]
-            found = self.backward(
-                region, dims, needs, [*map(_inner, args)], kept, stacked[0] if len(stacked) == 1 else stacked
-            )
+            held = [None if grad is None else stacked(grad, region) for grad in grads]
+            own = [arg._inner if isinstance(arg, MemberTensor) else arg for arg in args]
+            found = self.backward(region, dims, needs, own, kept, held[0] if len(held) == 1 else held)
         finally:
             if inside:
                 push_mode(region)
-        if trace.active is not None:
-            trace.active.note(self.name + "_backward", "rule", "", trace.clock() - start)
+        if record is not None:
+            record.note(self.name + "_backward", "rule", "", trace.clock() - start)
         return [None if grad is None else wrap_contiguous(grad, region) for grad in found]
+
+    def run_again(self, region: Region, needs: Any, args: Any, kept: Any, grads: Any) -> Any:
+        """Gradients that can be differentiated again: the layer anew, by its single operations."""
+        if self.again is not None:
+            return self.again(needs, args, [wrap(value, region) for value in kept], *grads)
+        with composites_disabled(), torch.enable_grad():
+            out = self.function(*args)
+            outs = [out] if isinstance(out, torch.Tensor) else list(out)
+            pairs = [(value, grad) for value, grad in zip(outs, grads, strict=True) if grad is not None]
+            wanted = [arg for arg, need in zip(args, needs, strict=True) if need]
+            ends, starts = [value for value, _ in pairs], [grad for _, grad in pairs]
+            found = iter(torch.autograd.grad(ends, wanted, starts, create_graph=True, allow_unused=True))
+        return [next(found) if need else None for need in needs]
+
+
+def _watch_plain(args: Any, region: Region) -> None:
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and arg.requires_grad and not isinstance(arg, MemberTensor):
+            region.watch(arg)
 
 
 class Declined(Exception):
@@ -160,31 +185,6 @@ class Declined(Exception):
 
     def __init__(self, decline: Decline) -> None:
         self.decline = decline
-
-
-def _region(args: Any) -> Region | None:
-    """The region of the innermost level among the arguments; None if outer levels' are mixed in."""
-    found = None
-    for arg in args:
-        if isinstance(arg, MemberTensor):
-            if found is not None and arg._region is not found:
-                return None
-            found = arg._region
-    return found
-
-
-def _stacked(grad: torch.Tensor, region: Region) -> torch.Tensor:
-    if isinstance(grad, MemberTensor):
-        if grad._batched:
-            return grad._inner
-        grad = grad._inner
-    return grad.expand(region.batch_size, *grad.shape)
-
-
-def _wrapped(out: Any, region: Region) -> Any:
-    if isinstance(out, torch.Tensor):
-        return wrap_contiguous(out, region)
-    return tuple(wrap_contiguous(entry, region) for entry in out)
 
 
 def composite(*functions: Any, signature: Callable[..., tuple[Any, ...]] | None = None) -> Callable[[type], type]:
@@ -195,16 +195,11 @@ def composite(*functions: Any, signature: Callable[..., tuple[Any, ...]] | None 
 
     def add(rule: type) -> type:
         for function in functions:
-            call = Composite(_from_positional(function, rule), rule)
+            call = Composite(function, rule)
             register_composite(function)(call if signature is None else _arranged(call, signature))
         return rule
 
     return add
-
-
-def _from_positional(function: Any, rule: Any) -> Callable[..., Any]:
-    """How to call the torch function with the composite's positional arguments."""
-    return getattr(rule, "plain", function)
 
 
 def _arranged(call: Composite, signature: Callable[..., Any]) -> Callable[..., Any]:

@@ -28,6 +28,8 @@ class Linear:
         if w_dim is None:
             out = F.linear(x, weight)
             return (out if bias is None else out + _bias_like(bias, b_dim, out.ndim)), ()
+        if x_dim == 0 and x.ndim == 3:
+            return _product(x, 0, weight, bias, b_dim), ()
         rows = x.reshape(info.batch_size, -1, x.shape[-1]) if x_dim == 0 else x.reshape(-1, x.shape[-1])
         out = _product(rows, x_dim, weight, bias, b_dim)
         return out.reshape(info.batch_size, *lead, weight.shape[1]), ()
