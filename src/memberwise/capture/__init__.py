@@ -7,19 +7,78 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, overload
 
 from memberwise.capture.step import CapturedStep
+from memberwise.errors import ArgumentError, fail
 
 __all__ = ["CapturedStep", "compile"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+BACKENDS = ("inductor", "fx")
 
-def compile(step: Callable[P, R], *, chunk: int | str = "auto", backend: str = "inductor") -> Callable[P, R]:
+
+@overload
+def compile(step: Callable[P, R], *, backend: str = ...) -> Callable[P, R]: ...
+
+
+@overload
+def compile(step: None = None, *, backend: str = ...) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+
+
+def compile(step: Any = None, *, backend: str = "inductor") -> Any:
+    """Capture a training step: the same function, replayed as one compiled program from its third call on.
+
+    The first call of each kind runs eagerly and is recorded: forward, backward, clipping and optimizer, below
+    autograd. The second call of that kind compiles the recording (seconds), and from then on a call is: compare
+    guards, draw random numbers, run the program, which writes parameters, buffers, gradients and optimizer state
+    in place. What the recording takes for granted is watched: shapes, dtypes, modes and M, closure variables,
+    globals, module attributes, options of optimizers. A change is recorded anew; it is never ignored. Learning
+    rates and other hyperparameters of `memberwise.optim` are tensors, and changing them records nothing.
+
+    A step that cannot be recorded (it reads a tensor's value on the host, it changes Python state) runs eagerly,
+    and a `StackWarning` says why, and on which line [MW501]. So it is where there is no C++ compiler [MW502].
+
+    Returned tensors carry no gradient graph; the backward has to be inside the step. Printing and other side
+    effects happen when a call is recorded, and not when it is replayed.
+
+    Args:
+        step: any function. Tensors among its arguments may differ from call to call; it may be a method.
+        backend: "inductor", or "fx" to replay the recorded operations one by one, uncompiled.
+
+    Returns:
+        The captured function. Its attribute `captured` is a `CapturedStep`, which knows what was recorded and why not.
+
+    Raises:
+        ArgumentError: (a ValueError) `step` is not callable, or `backend` is unknown [MW504].
+
+    >>> import torch
+    >>> weight = torch.ones(3, 2, requires_grad=True)              # M = 3
+    >>> def step(x):
+    ...     losses = (weight * x).sum(1)
+    ...     losses.sum().backward()
+    ...     with torch.no_grad():
+    ...         weight.sub_(weight.grad, alpha=0.1)
+    ...     weight.grad = None
+    ...     return losses
+    >>> captured = compile(step, backend="fx")
+    >>> for _ in range(3):
+    ...     losses = captured(torch.ones(2))
+    >>> losses
+    tensor([1.6000, 1.6000, 1.6000])
+    >>> captured.captured.recorded, captured.captured.replayed
+    (1, 2)
+    """
+    if step is None:
+        return functools.partial(compile, backend=backend)
+    if not callable(step):
+        fail(ArgumentError, "MW504", f"expected a function, found a {type(step).__name__}")
+    if backend not in BACKENDS:
+        fail(ArgumentError, "MW504", f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
     captured = CapturedStep(step, backend)
 
-    @functools.wraps(step)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    @functools.wraps(step, updated=())
+    def call(*args: Any, **kwargs: Any) -> Any:
         return captured(args, kwargs)
 
-    call.captured = captured
+    call.captured = captured  # type: ignore[attr-defined] # a function, so that it binds as a method does
     return call

@@ -64,6 +64,8 @@ class Assembly:
 
     def program(self, out: Any) -> Program:
         """The program of a step that returned `out`; raises `Refused`."""
+        if self.recorder.refusal is not None:
+            raise Refused(*self.recorder.refusal)
         self._check_aliases()
         for value, line in zip(self.recorder.inputs, self.recorder.lines, strict=True):
             self._add(value, line)

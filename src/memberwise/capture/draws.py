@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from memberwise._torch.streams import stream_key
 from memberwise.generators import default_generator, drawing_from
 
 
@@ -58,17 +59,19 @@ class Streams:
 
     def know(self, generator: torch.Generator) -> None:
         """Watch a stream from here on."""
-        if id(generator) not in self._known:
-            self._known[id(generator)] = generator
-            self._expected[id(generator)] = state_of(generator)
+        if stream_key(generator) not in self._known:
+            self._known[stream_key(generator)] = generator
+            self._expected[stream_key(generator)] = state_of(generator)
 
-    def in_turn(self, generator: torch.Generator, before: bytes) -> bool:
-        """Whether this state is where the recorded draws left the stream."""
-        return self._expected[id(generator)] == before
+    def in_turn(self, generator: torch.Generator, before: bytes) -> torch.Generator | None:
+        """The stream that the recorded draws left in this state: `generator`, or one that it stands for."""
+        if self._expected[stream_key(generator)] == before:
+            return generator
+        return next((known for key, known in self._known.items() if self._expected[key] == before), None)
 
     def moved(self, generator: torch.Generator, after: bytes) -> None:
         """Note the state that a draw left its stream in."""
-        self._expected[id(generator)] = after
+        self._expected[stream_key(generator)] = after
 
     def earlier(self, key: Any) -> Any:
         """What was remembered of an earlier draw, or None."""
@@ -82,7 +85,7 @@ class Streams:
         """Which stream is not where the recorded draws left it; "" if all are."""
         for key, generator in self._known.items():
             if state_of(generator) != self._expected[key]:
-                is_global = generator is default_generator(generator.device)
+                is_global = key == stream_key(default_generator(generator.device))
                 return "the global stream" if is_global else "a member's stream or another generator"
         return ""
 

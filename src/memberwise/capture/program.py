@@ -113,6 +113,15 @@ class Program:
             values[index] = place.read()
         return values if self._fits(values, tensors) else None
 
+    def mismatch(self, arguments: Arguments) -> str:
+        """Why `match` says no, in words."""
+        if not self.arguments.like(arguments):
+            return "an argument that is no tensor has another value"
+        if Setting.now() != self.setting:
+            return "grad mode, autocast or the default dtype is another"
+        changes = list(self.guards.changes())
+        return changes[0].what if changes else "a tensor is of another kind, or a gradient is there that was not"
+
     def _fits(self, values: list[torch.Tensor], tensors: list[torch.Tensor]) -> bool:
         return (
             self.check(*values)  # type: ignore[misc] # set by prepare()

@@ -40,6 +40,9 @@ _CLOSED = (types.BuiltinFunctionType, types.CodeType, torch.Size, torch._C.Scrip
 """Values whose identity is watched, and that are not followed."""
 
 _MODULE_KEYS = frozenset(vars(nn.Module()))
+_DERIVED = frozenset({"_flat_weights", "_flat_weight_refs"})
+"""Attributes that torch's recurrent modules make anew from their parameters."""
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "memberwise", "numpy"}
 _SITE = sysconfig.get_paths()["purelib"]
@@ -161,7 +164,8 @@ class Reach:
 
     def _module(self, label: str, value: nn.Module) -> None:
         own = vars(value)
-        self._entries(own, [key for key in own if key == "training" or key not in _MODULE_KEYS], label)
+        skipped = _DERIVED | _MODULE_KEYS - {"training"}
+        self._entries(own, [key for key in own if key not in skipped], label)
         for name in ("_parameters", "_buffers", "_modules"):
             self._entries(own[name], list(own[name]), label, sized=True)
         for name in _HOOKS:

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from memberwise._torch.dispatch import DispatchMode
 from memberwise._torch.pytree import tree_flatten, tree_unflatten
+from memberwise._torch.streams import stream_key
 from memberwise.capture.draws import Draw, Streams, state_of
 from memberwise.capture.reads import HostReads
 from memberwise.capture.refusals import Refusal, user_line
@@ -41,6 +42,10 @@ class Recorder(DispatchMode):
     """
 
     supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in `engine.ambient`: torch need not wrap the handler
 
     def __init__(self, generators: Iterable[torch.Generator] = ()) -> None:
         super().__init__()
@@ -211,11 +216,13 @@ class Recorder(DispatchMode):
         if not isinstance(out, torch.Tensor) or not all(map(self._is_untouched, values)):
             self.refuse(Refusal("random-values", _called(self.reads, func), user_line()))
             return
-        key = (func, id(generator), before, out.shape, out.stride(), out.dtype, repr(args[1:]))
+        key = (func, stream_key(generator), before, out.shape, out.stride(), out.dtype, repr(args[1:]))
         drawn = self.streams.earlier(key)
-        if self.streams.in_turn(generator, before):
-            drawn = self.input(Draw(func, args, kwargs, out, fills=fills))
-            self.streams.moved(generator, after)
+        stream = self.streams.in_turn(generator, before)
+        if stream is not None:
+            lent = None if stream_key(stream) == stream_key(generator) else stream
+            drawn = self.input(Draw(func, args, kwargs, out, fills=fills, stands_for=lent))
+            self.streams.moved(stream, after)
             self.streams.remember(key, drawn)
         elif drawn is None:
             self.refuse(Refusal("random-state", "a stream was set inside the step", user_line()))

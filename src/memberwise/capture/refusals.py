@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import linecache
 import sys
+import warnings
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
 import torch
+
+from memberwise.errors import StackWarning, text
 
 REASONS: dict[str, str] = {
     "host-read": "the host reads a tensor's value, which a recording would freeze",
@@ -79,13 +82,28 @@ def is_library(filename: str) -> bool:
     return filename.startswith((_TORCH, _OURS, *_NO_FILES))
 
 
-def user_line(frame: FrameType | None = None) -> str:
-    """The innermost line of the running code that is neither torch's nor ours, as "file:line: source"."""
-    frame = frame or sys._getframe(1)
-    while frame is not None:
-        filename = frame.f_code.co_filename
-        if not is_library(filename):
-            source = linecache.getline(filename, frame.f_lineno).strip()
-            return f"{Path(filename).name}:{frame.f_lineno}: {source}"
+def user_frame() -> FrameType | None:
+    """The innermost frame of the running code that is neither torch's nor ours."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and is_library(frame.f_code.co_filename):
         frame = frame.f_back
-    return ""
+    return frame
+
+
+def user_line() -> str:
+    """Where `user_frame` stands, as "file:line: source"."""
+    frame = user_frame()
+    if frame is None:
+        return ""
+    filename = frame.f_code.co_filename
+    return f"{Path(filename).name}:{frame.f_lineno}: {linecache.getline(filename, frame.f_lineno).strip()}"
+
+
+def warn(code: str, what: str, do: str) -> None:
+    """A `StackWarning` that points at the user's line."""
+    frame = user_frame()
+    if frame is None:
+        warnings.warn(text(code, what, do=do), StackWarning, stacklevel=2)
+        return
+    message, registry = text(code, what, do=do), frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(message, StackWarning, frame.f_code.co_filename, frame.f_lineno, registry=registry)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +16,8 @@ from memberwise.capture.draws import host_states
 from memberwise.capture.program import Program
 from memberwise.capture.reach import Reach
 from memberwise.capture.record import Recorder
-from memberwise.capture.refusals import Refusal
-from memberwise.errors import StackWarning, text
+from memberwise.capture.refusals import Refusal, warn
+from memberwise.trees import tree_map
 
 KEPT = 8
 """How many recordings of one step are kept; the least recently used goes first."""
@@ -34,17 +33,18 @@ class CapturedStep:
         step: the user's function.
         programs: recordings, the last used first.
         refusals: why recordings were refused, in order.
-        recorded, replayed: how many calls were recorded, and replayed.
+        recorded, replayed: how many calls were recorded, and how many replayed.
     """
 
-    def __init__(self, step: Callable[..., Any], backend: str) -> None:
+    def __init__(self, step: Callable[..., Any], backend: str = "inductor") -> None:
         self.step = step
         self.programs: list[Program] = []
         self.refusals: list[Refusal] = []
         self.recorded = 0
         self.replayed = 0
         self._compiled = Compiled(KEPT, backend)
-        self._in_a_row = 0
+        self._refused_in_a_row = 0
+        self._recorded_in_a_row = 0
         self._eager = False
         self._warned: set[str] = set()
 
@@ -57,6 +57,7 @@ class CapturedStep:
             values = program.match(arguments)
             if values is not None:
                 return self._replay(program, values, args, kwargs)
+        self._note_missed(arguments)
         return self._record(arguments, args, kwargs)
 
     def _replay(self, program: Program, values: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
@@ -66,23 +67,22 @@ class CapturedStep:
         if program.run is None and not self._compile(program, values):
             return self.step(*args, **kwargs)
         self.replayed += 1
+        self._recorded_in_a_row = 0
         return program.replay(values)
 
     def _compile(self, program: Program, values: list[torch.Tensor]) -> bool:
-        """Compile a recording at its first use; False if that cannot be done here."""
+        """Compile a recording, at its first use; False if that cannot be done."""
         missing = compiler_missing() if self._compiled.backend == "inductor" else ""
         if missing:
-            self._give_up(
-                "MW502",
-                f"the step runs eagerly, as it cannot be compiled: {missing}",
-                "Install a C++ compiler (g++ or clang++), or name one in the variable CXX",
-            )
+            self._eager = True
+            what = f"the step runs eagerly, as no C++ compiler was found to compile it with: {missing}"
+            self._warn("MW502", what, "Install g++ or clang++, or name a compiler in the variable CXX")
             return False
         try:
             program.run = self._compiled.get(program.graph, values[: program.count])
         except Exception as error:  # whatever the compiler cannot do, the step can
-            self._refuse(Refusal("not-compiled", f"{type(error).__name__}: {str(error).splitlines()[0]}"))
             self.programs.remove(program)
+            self._refuse(Refusal("not-compiled", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"))
             return False
         return True
 
@@ -100,47 +100,45 @@ class CapturedStep:
         if host_states(reach.streams) != drawn:
             recorder.refuse(Refusal("random-state", "a random stream of Python or NumPy moved"))
         try:
-            if recorder.refusal is not None:
-                raise Refused(*recorder.refusal)
             self._keep(Assembly(before, recorder).program(out))
         except Refused as refused:
             self._refuse(refused.refusal)
-        return detached(out)
+        return tree_map(_detached, out)
 
     def _reach(self, arguments: Arguments) -> Reach:
-        roots = [("step", self.step), *((f"argument {type(x).__name__}", x) for x in arguments.objects)]
+        roots = [("step", self.step), *((type(x).__name__, x) for x in arguments.objects)]
         reach = Reach(roots)
-        if not reach.optimizers:
-            return reach
         for optimizer in reach.optimizers:
             optimizer.capture_state()
-        return Reach(roots)
+        return Reach(roots) if reach.optimizers else reach
 
     def _keep(self, program: Program) -> None:
-        self._in_a_row = 0
+        self._refused_in_a_row = 0
+        self._recorded_in_a_row += 1
         self.programs.insert(0, program)
         del self.programs[KEPT:]
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Note a refusal; warn once it will not pass by itself."""
+        """Note a refusal, and warn, once it is clear that it will not pass by itself."""
         self.refusals.append(refusal)
-        self._in_a_row += 1
-        if self._in_a_row >= PATIENCE or refusal.reason != "python-state":
+        self._refused_in_a_row += 1
+        self._eager = self._refused_in_a_row >= PATIENCE
+        if self._eager or refusal.reason != "python-state":  # state that is made in the first call only is common
             self._warn("MW501", f"the step runs eagerly: {refusal.sentence()}", refusal.advice())
-        self._eager = self._in_a_row >= PATIENCE
 
-    def _give_up(self, code: str, what: str, do: str) -> None:
-        self._eager = True
-        self._warn(code, what, do)
+    def _note_missed(self, arguments: Arguments) -> None:
+        """Warn of a step whose recordings are never used again."""
+        if self._recorded_in_a_row >= KEPT:
+            self._recorded_in_a_row = 0
+            what = f"the step was recorded {KEPT} times in a row; the last time because"
+            self._warn("MW503", f"{what} {self.programs[0].mismatch(arguments)}", "Make what changes a tensor")
 
     def _warn(self, code: str, what: str, do: str) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            warnings.warn(text(code, what, do=do), StackWarning, stacklevel=5)
+            warn(code, what, do)
 
 
-def detached(out: Any) -> Any:
+def _detached(leaf: Any) -> Any:
     """What a replay would return: the same values without a gradient graph."""
-    from memberwise.trees import tree_map
-
-    return tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) and x.grad_fn is not None else x, out)
+    return leaf.detach() if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None else leaf
