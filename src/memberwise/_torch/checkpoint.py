@@ -1,0 +1,107 @@
+"""Activation checkpoints that are recomputed inside the surroundings they were recorded in.
+
+Missing in public torch: `checkpoint(f, ...)` runs `f` again during backward, outside whatever context managers
+were active when it was called. `context_fn=` can mend that only for who writes the call, which is the user's
+module. So, while a call of ours runs, and no longer, the two classes that `torch.utils.checkpoint` makes its
+records with are replaced: `_CheckpointFrame` (use_reentrant=False), whose first argument is the function to
+recompute, and `CheckpointFunction` (use_reentrant=True, public). What they do in other threads is unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from torch.utils import checkpoint as torch_checkpoint
+
+Surroundings = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+class _Local(threading.local):
+    active: tuple[Surroundings, ...] = ()
+
+
+_local = _Local()
+_lock = threading.Lock()
+_installed = 0
+_originals: tuple[Any, Any]
+
+
+class recomputed_inside:  # a context manager, named as one; a class costs a third of a generator
+    """While active in this thread, checkpoints made are recomputed inside `surroundings()`, outermost first.
+
+    Surroundings that must remember the moment of the checkpoint have a method `recorded()`, which is called then and
+    returns what is called instead.
+    """
+
+    __slots__ = ("_before", "_surroundings")
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        self._surroundings = surroundings
+
+    def __enter__(self) -> None:
+        self._before = _local.active
+        _local.active = (*self._before, self._surroundings)
+        _install()
+
+    def __exit__(self, *exc_info: object) -> None:
+        _uninstall()
+        _local.active = self._before
+
+
+def _install() -> None:
+    global _installed, _originals
+    with _lock:
+        if not _installed:
+            frame, function = torch_checkpoint._CheckpointFrame, torch_checkpoint.CheckpointFunction
+            _originals = frame, function
+            torch_checkpoint._CheckpointFrame = lambda recompute, *rest: frame(_surrounded(recompute), *rest)  # type: ignore[misc, assignment]  # put back by _uninstall
+            torch_checkpoint.CheckpointFunction = SimpleNamespace(  # type: ignore[misc, assignment]  # likewise
+                apply=lambda run, *rest: function.apply(_surrounded(run, first_plain=True), *rest)
+            )
+        _installed += 1
+
+
+def _uninstall() -> None:
+    global _installed
+    with _lock:
+        _installed -= 1
+        if not _installed:
+            torch_checkpoint._CheckpointFrame, torch_checkpoint.CheckpointFunction = _originals
+
+
+def _surrounded(run: Callable[..., Any], first_plain: bool = False) -> Callable[..., Any]:
+    """`run` inside what is active now; `first_plain`: not in its first call, the forward itself."""
+    made_in = _local.active
+    if not made_in:
+        return run
+    active = [getattr(surroundings, "recorded", lambda kept=surroundings: kept)() for surroundings in made_in]
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        nonlocal first_plain
+        if first_plain:
+            first_plain = False
+            return run(*args, **kwargs)
+        with contextlib.ExitStack() as stack:
+            for surroundings in active:
+                stack.enter_context(surroundings())
+            stack.enter_context(_active_again(made_in))
+            return run(*args, **kwargs)
+
+    return again
+
+
+@contextlib.contextmanager
+def _active_again(active: tuple[Surroundings, ...]) -> Iterator[None]:
+    """Checkpoints inside a recomputed one are recomputed inside the same surroundings."""
+    before = _local.active
+    _local.active = active
+    _install()
+    try:
+        yield
+    finally:
+        _uninstall()
+        _local.active = before

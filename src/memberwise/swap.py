@@ -1,0 +1,157 @@
+"""Other tensors in a module's places for a while, and the module's own back afterwards."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from memberwise._torch.recurrent import kept_lists, put_back
+from memberwise.errors import ArgumentError, KindError, StateError, fail, text
+from memberwise.names import tied
+from memberwise.places import ABSENT, Attribute, Entry, Tree
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Swap:
+    """A context manager that puts the tensors of `dicts` into the places of `module` that their keys name.
+
+    On leaving, each place gets back what it held, and what the module put there meanwhile goes into the dict that
+    the name came from. It can be entered again: it then puts what the last exit found, so that a recomputation
+    starts from what the call has left, as it does in a lone module. An end by a `BaseException` that is no
+    `Exception` (an interrupt, a retreat) changes no dict.
+
+    Args:
+        module, dicts, tie_weights, strict: as `functional_call` has them; `dicts` have no name in common.
+    """
+
+    def __init__(self, module: nn.Module, dicts: list[Tensors], tie_weights: bool = True, strict: bool = False) -> None:
+        self._tree = tree = Tree(module)
+        values = {name: tensor for one in dicts for name, tensor in one.items()}
+        self._sources = [(one, name) for one in dicts for name in one]
+        _check_tensors(values)
+        if tie_weights:
+            values = _with_ties(tree, values)
+        if strict:
+            _check_names(tree, values)
+        self._entries: dict[str, Entry] = {}
+        self._attributes: dict[str, Attribute] = {}
+        for name in values:
+            if name in tree.entries:
+                self._entries[name] = tree.entries[name]
+            else:
+                self._attributes[name] = tree.attribute(name)
+        self._values = values
+        self._recurrent = [owner for owner in tree.owners.values() if isinstance(owner, nn.RNNBase)]
+        self._entered: list[_Originals] = []
+
+    def __enter__(self) -> None:
+        originals = _Originals(
+            {name: table.get(key, ABSENT) for name, (table, key, _) in self._entries.items()},
+            {name: attribute.read() for name, attribute in self._attributes.items()},
+            [kept_lists(owner) for owner in self._recurrent],
+        )
+        _check_attributes(originals.attributes)
+        self._entered.append(originals)
+        try:
+            values = self._values
+            for name, (table, key, _) in self._entries.items():
+                table[key] = values[name]
+            for name, attribute in self._attributes.items():
+                attribute.write(values[name])
+        except BaseException:
+            self._restore()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        found = {name: table.get(key, ABSENT) for name, (table, key, _) in self._entries.items()}
+        for name, attribute in self._attributes.items():
+            found[name] = attribute.read()
+        self._restore()
+        if kind is None or issubclass(kind, Exception):
+            self._hand_back(found)
+        if isinstance(error, Exception):
+            self._explain_meta(error)
+
+    def _restore(self) -> None:
+        """Put the originals back, last first: two names may lead to one place."""
+        originals = self._entered.pop()
+        for name in reversed(originals.attributes):
+            self._attributes[name].write(originals.attributes[name])
+        for name, (table, key, owner) in reversed(self._entries.items()):
+            if key in table:
+                table[key] = originals.entries[name]
+            else:  # the module deleted it, or made an attribute of it
+                Attribute(owner, key).write(originals.entries[name])
+        for owner, lists in zip(self._recurrent, originals.lists, strict=True):
+            put_back(owner, lists)
+
+    def _hand_back(self, found: dict[str, Any]) -> None:
+        """Give what the module reassigned to the dicts, unless they have moved on since the call."""
+        for one, name in self._sources:
+            now, before = found[name], self._values[name]
+            if now is not before and now is not ABSENT and one.get(name) is before:
+                one[name] = now
+        if not self._entered:
+            self._values = {name: old if found[name] is ABSENT else found[name] for name, old in self._values.items()}
+
+    def _explain_meta(self, error: Exception) -> None:
+        """A call that failed because a part of the template has no values: say so beside torch's error."""
+        if all(value is None or value.is_meta for value in self._values.values()):
+            return
+        bare = [name for name, tensor in self._tree.tensors() if tensor.is_meta and name not in self._values]
+        if bare:
+            what = f"the template's {', '.join(map(repr, bare))} are on the meta device, and were given no values"
+            do = "Give them by name; .to('meta') unties tied weights, which only the keys of stack_module_state keep"
+            error.add_note(text("MW111", what, do=do))
+
+
+class _Originals(NamedTuple):
+    """What one entry into a swap found: entries and attributes by name, the lists of recurrent modules."""
+
+    entries: dict[str, Any]
+    attributes: dict[str, Any]
+    lists: list[dict[str, Any]]
+
+
+def _check_tensors(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            fail(KindError, "MW110", f"'{name}' is a {type(value).__name__}, expected a tensor")
+
+
+def _check_attributes(originals: dict[str, Any]) -> None:
+    """Only what is a tensor, or nothing, can be swapped for a tensor."""
+    for name, original in originals.items():
+        if original is not None and original is not ABSENT and not isinstance(original, torch.Tensor):
+            fail(KindError, "MW110", f"attribute '{name}' is a {type(original).__name__}, expected a tensor")
+
+
+def _with_ties(tree: Tree, values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with each also under the other names of its tensor."""
+    out = dict(values)
+    for names in dict.fromkeys(tree.ties.values()):
+        given = [values[name] for name in names if name in values]
+        if any(value is not given[0] for value in given):
+            what = f"functional_call got multiple values for keys {sorted(names)}, which are tied"
+            fail(ArgumentError, "MW110", what, do="Give one of them, or tie_weights=False")
+        if given:
+            out.update(dict.fromkeys(names, given[0]))
+    for name, value in values.items():
+        for other in tied(name):
+            if other not in out and other in tree.entries:
+                out[other] = value
+    return out
+
+
+def _check_names(tree: Tree, values: dict[str, Any]) -> None:
+    known = {name for name, *_ in tree.tensors()}
+    unexpected = sorted(map(repr, values.keys() - known))
+    missing = sorted(map(repr, known - values.keys()))
+    lines = [f"Unexpected key(s): {', '.join(unexpected)}."] if unexpected else []
+    lines += [f"Missing key(s): {', '.join(missing)}."] if missing else []
+    if lines:
+        what = f"Error(s) in reparametrizing for {type(tree.owners['']).__name__}:\n  " + "\n  ".join(lines)
+        fail(StateError, "MW110", what)
