@@ -8,6 +8,7 @@ import torch
 
 from memberwise._torch.dispatch import applier, functorch_active
 from memberwise.engine.tensor import MemberTensor, stacked, wrap, wrap_unbatched
+from memberwise.errors import EngineError, fail
 
 if TYPE_CHECKING:
     from memberwise.engine.ambient import Region
@@ -76,6 +77,9 @@ def _inside(tensor: torch.Tensor, batched: bool, region: Region) -> MemberTensor
         tensor = tensor.resolve_conj().resolve_neg()
     if not batched:
         return wrap_unbatched(tensor, region, outside=True)
+    if tensor.layout is not torch.strided:
+        what = f"an input with a member axis has layout {tensor.layout}; only strided tensors can be stacked"
+        fail(EngineError, "MW204", what, do="Pass it dense, or share it (in_dims=None)")
     member = wrap(tensor, region)
     member._outside = True
     member._base = tensor.storage_offset()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memberwise._torch.dispatch import make_wrapper
+from memberwise.engine.signals import part_ways
 
 if TYPE_CHECKING:
     from memberwise.engine.ambient import Region
@@ -53,6 +54,8 @@ class MemberTensor(torch.Tensor):
 
 def wrap(inner: torch.Tensor, region: Region) -> MemberTensor:
     """The member tensor of a stacked `(M, *s)` tensor; declares the layout of one member's slice."""
+    if inner.layout is not torch.strided:
+        _refuse_layout(inner, region)
     out = make_wrapper(
         region.tensor_class,
         inner.shape[1:],
@@ -70,6 +73,8 @@ def wrap(inner: torch.Tensor, region: Region) -> MemberTensor:
 
 def wrap_contiguous(inner: torch.Tensor, region: Region) -> MemberTensor:
     """As `wrap`, where the lone result is contiguous and one member's slice of `inner` may not be."""
+    if inner.layout is not torch.strided:
+        _refuse_layout(inner, region)
     if inner.is_contiguous():
         return wrap(inner, region)
     out = make_wrapper(region.tensor_class, inner.shape[1:], None, None, None, inner.dtype, torch.strided, inner.device)
@@ -77,6 +82,10 @@ def wrap_contiguous(inner: torch.Tensor, region: Region) -> MemberTensor:
     out._region = region
     out._differs = inner.numel() > 0 and not inner[0].is_contiguous()
     return out
+
+
+def _refuse_layout(inner: torch.Tensor, region: Region) -> None:
+    part_ways(region, f"a result has layout {inner.layout}, which no member tensor can show")
 
 
 def wrap_view(inner: torch.Tensor, source: MemberTensor) -> MemberTensor:
@@ -107,7 +116,12 @@ def wrap_view(inner: torch.Tensor, source: MemberTensor) -> MemberTensor:
 
 
 def wrap_unbatched(inner: torch.Tensor, region: Region, *, outside: bool = False) -> MemberTensor:
-    """The member tensor of a value that is equal in all members, as a fresh tensor is."""
+    """The member tensor of a value that is equal in all members, as a fresh tensor is.
+
+    What is not strided stays as it is: a wrapper of a sparse tensor aborts the process inside autograd.
+    """
+    if inner.layout is not torch.strided:
+        return inner  # type: ignore[return-value] # a plain tensor, which operations take as shared
     out = make_wrapper(
         region.tensor_class,
         inner.shape,

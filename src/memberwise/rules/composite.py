@@ -125,7 +125,7 @@ class Composite:
         """Forward on the stacked tensors; member tensors out."""
         record = trace.active
         start = trace.clock() if record is not None else 0.0
-        inside = region.running
+        inside = top_mode() is region
         if inside:
             pop_mode()
         try:
@@ -146,7 +146,7 @@ class Composite:
         """Backward on the stacked tensors; member tensors out."""
         record = trace.active
         start = trace.clock() if record is not None else 0.0
-        inside = region.running and top_mode() is region
+        inside = top_mode() is region
         if inside:
             pop_mode()
         try:

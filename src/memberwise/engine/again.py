@@ -1,0 +1,84 @@
+"""Inside a call once more, for code that autograd runs later: a user's backward, a checkpoint's recomputation."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from memberwise._torch.dispatch import pop_mode, push_mode
+from memberwise.engine.ambient import Region
+from memberwise.engine.slots import Slots, Swap
+
+
+class _Local(threading.local):
+    regions: tuple[Region, ...] = ()
+
+
+local = _Local()
+"""The regions that run in this thread, outermost first."""
+
+
+@contextmanager
+def inside(region: Region) -> Iterator[None]:
+    """`region` is the innermost call of this thread within the block."""
+    outer = local.regions
+    if region in outer:
+        yield
+        return
+    local.regions = (*outer, region)
+    push_mode(region)
+    try:
+        yield
+    finally:
+        take_off(region)
+        local.regions = outer
+
+
+def take_off(region: Region) -> None:
+    """Pop the region's mode, and any that a failed call left above it."""
+    while pop_mode() is not region:
+        pass
+
+
+def current() -> Callable[[], AbstractContextManager[Any]] | None:
+    """What runs a user's backward inside the call that runs now; None where none does."""
+    return partial(inside, local.regions[-1]) if local.regions else None
+
+
+class Surroundings:
+    """What a checkpoint made in a call is recomputed in: its mode, its members in place, its streams as they were."""
+
+    __slots__ = ("region", "swaps")
+
+    def __init__(self, region: Region, swaps: list[tuple[Slots, Swap]]) -> None:
+        self.region = region
+        self.swaps = swaps
+
+    def recorded(self) -> Callable[[], AbstractContextManager[Any]]:
+        """Remember where the members' streams stand now."""
+        states = [generator.get_state() for generator in self.region.generators or ()]
+        return partial(self._again, states)
+
+    @contextmanager
+    def _again(self, states: list[torch.Tensor]) -> Iterator[None]:
+        generators = self.region.generators or ()
+        now = [generator.get_state() for generator in generators]
+        with ExitStack() as stack:
+            for slots, swap in self.swaps:
+                stack.enter_context(slots.again(swap))
+            _set(generators, states)
+            try:
+                with inside(self.region):
+                    yield
+            finally:
+                _set(generators, now)
+
+
+def _set(generators: Any, states: list[torch.Tensor]) -> None:
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)

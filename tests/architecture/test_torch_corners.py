@@ -1,0 +1,165 @@
+"""What each private corner of torch that we stand on must keep doing; a red test here names what breaks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
+
+from memberwise._torch import dispatch, functions, functorch, pytree
+
+
+class _Recorder(dispatch.DispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_pushed_mode_sees_operations_until_it_is_popped() -> None:
+    """Breaks: every region; factories and plain tensors inside a call would not be seen."""
+    mode = _Recorder()
+    dispatch.push_mode(mode)
+    try:
+        torch.zeros(2)
+        assert dispatch.top_mode() is mode
+        assert dispatch.mode_depth() == 1
+    finally:
+        assert dispatch.pop_mode() is mode
+    torch.zeros(2)
+    assert mode.seen == ["aten.zeros.default"]
+    assert dispatch.top_mode() is None
+
+
+def test_suspended_takes_off_the_innermost_mode_alone() -> None:
+    """Breaks: modules that run member by member inside a call."""
+    outer, inner = _Recorder(), _Recorder()
+    with outer, inner:
+        with dispatch.suspended(outer):
+            torch.zeros(2)
+        with dispatch.suspended(inner):
+            torch.ones(2)
+    assert inner.seen == ["aten.zeros.default"]
+    assert outer.seen == ["aten.zeros.default", "aten.ones.default"]
+
+
+def test_a_wrapper_shows_sizes_strides_and_offset() -> None:
+    """Breaks: member tensors, at their root."""
+
+    class Wrapper(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            return NotImplemented
+
+    shown = dispatch.make_wrapper(Wrapper, (2, 3), (1, 2), 5, None, torch.float64, torch.strided, torch.device("cpu"))
+    assert (tuple(shown.shape), shown.stride(), shown.storage_offset()) == ((2, 3), (1, 2), 5)
+    assert shown.dtype is torch.float64
+    with dispatch.without_dispatch():
+        torch.ops.aten.t_.default(shown)
+    assert tuple(shown.shape) == (3, 2)
+
+
+def test_applier_is_apply() -> None:
+    """Breaks: composite rules and the boundary's two nodes."""
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 2
+
+    x = torch.ones(3, requires_grad=True)
+    out = dispatch.applier(Double)(x)
+    assert out.requires_grad
+    out.sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_composites_stand_aside_for_what_looks_between() -> None:
+    """Breaks: autocast dtypes, checkpoint, jacrev and dual numbers, silently."""
+    assert not dispatch.composites_must_stand_aside()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert dispatch.composites_must_stand_aside()
+    with saved_tensors_hooks(lambda t: t, lambda t: t):
+        assert dispatch.composites_must_stand_aside()
+    with forward_ad.dual_level():
+        assert dispatch.composites_must_stand_aside()
+    answers = []
+    torch.vmap(lambda x: answers.append(dispatch.composites_must_stand_aside()) or x)(torch.ones(2))
+    assert answers == [True]
+
+
+def test_one_operation_is_batched_from_below_dispatch() -> None:
+    """Breaks: the second rung. In a handler functorch's keys are excluded; they must come back, and go again."""
+    found = []
+
+    class Below(dispatch.DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.cumsum.default:
+                found.append(functorch.batch(func, [0, None], args, {}, args[0].shape[0], "error"))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.arange(6.0).view(2, 3)
+    with Below():
+        x.cumsum(0)
+    assert torch.equal(found[0], x.cumsum(1))
+    assert torch.equal(torch.vmap(torch.sin)(x), x.sin())
+
+
+def test_no_batching_rule_is_an_error_we_see_and_not_a_silent_loop() -> None:
+    """Breaks: the third rung would be reached without `explain` knowing."""
+
+    @torch.library.custom_op("memberwise_corner::nameless", mutates_args=())
+    def nameless(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    with pytest.raises(functorch.Unbatchable):
+        functorch.batch(torch.ops.memberwise_corner.nameless.default, [0], [torch.ones(2, 3)], {}, 2, "error")
+
+
+def test_a_users_backward_runs_inside_what_its_forward_ran_in() -> None:
+    """Breaks: Functions whose backward makes tensors and writes members' values into them."""
+    events: list[str] = []
+
+    class Inside:
+        def __enter__(self) -> None:
+            events.append("in")
+
+        def __exit__(self, *exc: object) -> None:
+            events.append("out")
+
+    class Triple(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 3
+
+        @staticmethod
+        def backward(ctx, grad):
+            events.append("backward")
+            return grad * 3
+
+    before = torch.autograd.Function.__dict__["apply"]
+    functions.enter_functions(lambda: Inside)
+    try:
+        x = torch.ones(2, requires_grad=True)
+        out = Triple.apply(x)
+    finally:
+        functions.leave_functions()
+    assert torch.autograd.Function.__dict__["apply"] is before, "the replacement outlived the call"
+    out.sum().backward()
+    assert events == ["in", "backward", "out"]
+
+
+def test_in_dims_broadcast_as_torch_vmap_does() -> None:
+    """Breaks: nested in_dims."""
+    _, spec = pytree.tree_flatten(({"a": 1, "b": 2}, 3))
+    assert pytree.broadcast_to_and_flatten((0, None), spec) == [0, 0, None]
+    assert pytree.broadcast_to_and_flatten((0,), spec) is None
