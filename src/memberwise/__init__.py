@@ -2,7 +2,18 @@
 
 from memberwise import engine, rules
 from memberwise.engine.boundary import vmap
+from memberwise.functional import functional_call
 from memberwise.rules.registry import register_rule
+from memberwise.state import stack_module_state, unstack_module_state
 from memberwise.trees import each
 
-__all__ = ["each", "engine", "register_rule", "rules", "vmap"]
+__all__ = [
+    "each",
+    "engine",
+    "functional_call",
+    "register_rule",
+    "rules",
+    "stack_module_state",
+    "unstack_module_state",
+    "vmap",
+]
