@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from memberwise.engine.crossing import enter
 from memberwise.engine.flattening import broadcast_dims, flatten, unflatten
 from memberwise.engine.slots import Slots, Swap
 from memberwise.errors import ArgumentError, fail
-from memberwise.trees import Each
+from memberwise.trees import Each, tree_leaves, tree_map
 
 
 def slots_of(leaf: Any) -> Slots | None:
@@ -30,11 +31,13 @@ class Arguments:
         size: M.
     """
 
-    def __init__(self, leaves: list[Any], dims: list[int | None], build: Callable[[list[Any]], Any]) -> None:
+    def __init__(
+        self, leaves: list[Any], dims: list[int | None], build: Callable[[list[Any]], Any], size: int | None = None
+    ) -> None:
         self.leaves = leaves
         self.dims = dims
         self.build = build
-        self.size = _size(leaves, dims)
+        self.size = _size(leaves, dims) if size is None else size
 
     def enter(self, region: Region) -> tuple[list[Any], list[tuple[Slots, Swap]]]:
         """Leaves as code inside sees them."""
@@ -56,20 +59,50 @@ class Arguments:
             raise
         return inside, swaps
 
-    def narrow(self, low: int, high: int) -> Arguments:
-        """The same arguments for members `low` to `high`."""
-        cut: list[Any] = []
-        for leaf, dim in zip(self.leaves, self.dims, strict=True):
-            if isinstance(leaf, Slots):
-                leaf = leaf.narrowed(low, high)
-            elif dim is not None:
-                leaf = leaf.narrow(dim, low, high - low)
-            cut.append(leaf)
-        return Arguments(cut, self.dims, self.build)
+    @property
+    def slots(self) -> list[Slots]:
+        """The stacks among the leaves."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Slots)]
+
+    def streams(self) -> Sequence[torch.Generator] | None:
+        """The random streams that the stacks among the leaves bring along: one a member, or None."""
+        found = [slots.generators for slots in self.slots if slots.generators is not None]
+        if any([*map(id, streams)] != [*map(id, found[0])] for streams in found):
+            what = "vmap: the stacks bring different random streams, and a member has one"
+            fail(ArgumentError, "MW201", what, do="Pass generators=first.generators, or set second.generators to these")
+        return found[0] if found else None
 
 
 def _first(tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
     return tensor if not dim else tensor.movedim(dim, 0)
+
+
+_PLAIN = frozenset({torch.Tensor, bool, int, float, str, type(None)})
+
+
+def called(slots: Slots, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """Arguments of a stack's own call: `each()` marks what has a member axis, all else is shared."""
+    if not kwargs and _PLAIN.issuperset(map(type, args)):
+        return Arguments([slots, *args], [None] * (len(args) + 1), _positional, slots.size())
+    structure = (slots, *args), kwargs
+    leaves = tree_leaves(structure)
+    dims = [_dim_of_each(leaf) if type(leaf) is Each else None for leaf in leaves]
+    return Arguments([*map(_unmark, leaves)], dims, functools.partial(_rebuilt, structure))
+
+
+def _positional(inside: list[Any]) -> Any:
+    return inside, {}
+
+
+def _rebuilt(structure: Any, inside: list[Any]) -> Any:
+    values = iter(inside)
+    return tree_map(lambda _: next(values), structure)
+
+
+def _dim_of_each(leaf: Each) -> int:
+    if not -leaf.value.ndim <= leaf.dim < leaf.value.ndim:
+        _bad(f"each(value, dim={leaf.dim})", f"value of shape {tuple(leaf.value.shape)} has no such dimension")
+    return leaf.dim % leaf.value.ndim
 
 
 def mapped(name: str, in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

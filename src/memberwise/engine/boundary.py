@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from memberwise._torch.dispatch import pop_mode, push_mode
+from memberwise._torch.checkpoint import recomputed_inside
+from memberwise._torch.dispatch import push_mode
 from memberwise._torch.functions import enter_functions, leave_functions
-from memberwise.engine import retreat
+from memberwise.engine import again, retreat
 from memberwise.engine.ambient import Region
 from memberwise.engine.arguments import Arguments, mapped
 from memberwise.engine.crossing import total
-from memberwise.engine.outputs import bad, check_out_dims, leaf_dims, outputs
+from memberwise.engine.outputs import bad, check_out_dims, outputs
+from memberwise.engine.parting import in_parts, parts
 from memberwise.engine.signals import Retreat
 from memberwise.engine.tensor import MemberTensor
 from memberwise.errors import EngineError, fail
-from memberwise.trees import tree_transpose_map
-
-
-class _Local(threading.local):
-    regions: tuple[Region, ...] = ()
-
-
-_local = _Local()
 
 
 def vmap(
@@ -73,8 +64,7 @@ def vmap(
         check_out_dims(name, out_dims)
         arguments = mapped(name, in_dims, args, kwargs)
         streams = _check_generators(generators, arguments.size)
-        mode = "different" if streams is not None else randomness
-        return run(func, arguments, out_dims, mode, streams, chunk_size)
+        return run(func, arguments, out_dims, randomness, streams, chunk_size)
 
     return mapped_func
 
@@ -88,26 +78,22 @@ def run(
     chunk_size: int | None = None,
 ) -> Any:
     """Run `func` for all members of `arguments`, in chunks of members if asked to."""
-    size = arguments.size
-    if chunk_size is None or chunk_size >= size:
-        return _run_chunk(func, arguments, out_dims, randomness, generators)
-    outs = []
-    for low in range(0, size, chunk_size):
-        high = min(low + chunk_size, size)
-        streams = None if generators is None else generators[low:high]
-        outs.append(_run_chunk(func, arguments.narrow(low, high), out_dims, randomness, streams))
-    dims = iter(leaf_dims(_name(func), outs[0], out_dims))
-    return tree_transpose_map(lambda column: _join(column, next(dims)), outs)
+    if generators is None:
+        generators = arguments.streams()
+    mode = "different" if generators is not None else randomness
+    found = parts(arguments, chunk_size)
+    if found is None:
+        return _run_chunk(func, arguments, out_dims, mode, generators)
 
+    def run_part(own: Arguments, members: Sequence[int]) -> Any:
+        streams = None if generators is None else [generators[i] for i in members]
+        return _run_chunk(func, own, out_dims, mode, streams)
 
-def _join(column: list[Any], dim: int | None) -> Any:
-    if dim is None or not isinstance(column[0], torch.Tensor):
-        return column[0]
-    return torch.cat(column, dim)
+    return in_parts(run_part, found, arguments, out_dims, _name(func))
 
 
 def _run_chunk(func: Callable[..., Any], arguments: Arguments, out_dims: Any, randomness: str, generators: Any) -> Any:
-    region = Region(arguments.size, len(_local.regions), randomness, generators)
+    region = Region(arguments.size, len(again.local.regions), randomness, generators)
     while True:
         try:
             return _run_stacked(func, arguments, out_dims, region)
@@ -120,21 +106,21 @@ def _run_chunk(func: Callable[..., Any], arguments: Arguments, out_dims: Any, ra
 
 def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, region: Region) -> Any:
     """All members at once; on a Retreat, everything it changed is undone."""
-    outer = _local.regions
+    outer = again.local.regions
     inside, swaps = arguments.enter(region)
     region.running = True
-    _local.regions = (*outer, region)
-    enter_functions(_current_region)
+    again.local.regions = (*outer, region)
+    enter_functions(again.current)
     push_mode(region)
     try:
         try:
-            with retreat.modules_by_members(swaps, region):
+            with retreat.modules_by_members(swaps, region), recomputed_inside(again.Surroundings(region, swaps)):
                 args, kwargs = arguments.build(inside)
                 out = func(*args, **kwargs)
         finally:
-            _take_off(region)
+            again.take_off(region)
             leave_functions()
-            _local.regions = outer
+            again.local.regions = outer
         result = outputs(out, out_dims, region, _name(func))
         for slots, swap in swaps:
             slots.leave(swap, region)
@@ -150,32 +136,6 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
         region.forget()
     _sum_leaf_gradients(region)
     return result
-
-
-def _current_region() -> Any:
-    return partial(_again, _local.regions[-1]) if _local.regions else None
-
-
-@contextmanager
-def _again(region: Region) -> Iterator[None]:
-    """Inside `region` once more, for code that autograd runs later: a user's backward, a recomputation."""
-    outer = _local.regions
-    if region in outer:
-        yield
-        return
-    _local.regions = (*outer, region)
-    push_mode(region)
-    try:
-        yield
-    finally:
-        _take_off(region)
-        _local.regions = outer
-
-
-def _take_off(region: Region) -> None:
-    """Pop the region's mode, and any that a failed call left above it."""
-    while pop_mode() is not region:
-        pass
 
 
 def _sum_leaf_gradients(region: Region) -> None:

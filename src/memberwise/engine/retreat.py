@@ -19,8 +19,9 @@ from memberwise.engine.ambient import Region
 from memberwise.engine.arguments import Arguments
 from memberwise.engine.crossing import enter, leave
 from memberwise.engine.signals import Retreat
-from memberwise.engine.slots import Slots, Swap
+from memberwise.engine.slots import MODULE_ATTRIBUTES, Slots, Swap
 from memberwise.engine.tensor import MemberTensor
+from memberwise.engine.turns import one_by_one, unbind
 from memberwise.errors import EngineError, fail
 from memberwise.generators import drawing_from, global_generators, restoring
 from memberwise.trees import tree_leaves, tree_map
@@ -95,26 +96,45 @@ def _forward_by_members(
     start = trace.clock()
     with suspended(region):
         inputs, rebuild = _left((args, kwargs), region)
-        slots = Slots(module)
-        places = [(place.owner, place.name) for place in slots.places]
-        members = [owner.get(name) for owner, name in places]
-        columns = [None if t is None else leave(t, region).unbind(0) for t in members]
-        outs, assigned = [], []
-        try:
+        slots = _slots_inside(module)
+        _prepare_undo(region, [*slots.tensors(), *((leaf, True) for leaf in tree_leaves((args, kwargs)))])
+        outs = []
+
+        def cut(tensor: torch.Tensor) -> Any:
+            return leave(tensor, region).unbind(0)
+
+        def join(row: Any) -> torch.Tensor:
+            return enter([torch.stack(row)], [True], region)[0]
+
+        with one_by_one(slots, region.batch_size, cut, join) as turns:
             for i in range(region.batch_size):
-                _put(places, columns, i)
+                turns.show(i)
                 own_args, own_kwargs = rebuild([column[i] for column in inputs])
                 with _stream(region, i):
                     outs.append(forward(*own_args, **own_kwargs))
-                assigned.append([owner.get(name) for owner, name in places])
-        finally:
-            for (owner, name), member in zip(places, members, strict=True):
-                owner[name] = member
+                turns.collect()
     result = stack_outputs(outs, lambda stacked: enter([stacked], [True], region)[0], region)
-    _keep_assigned(places, columns, assigned, lambda stacked: enter([stacked], [True], region)[0])
     if trace.active is not None:
         trace.active.note(type(module).__name__, "retreat", "", trace.clock() - start)
     return result
+
+
+def _slots_inside(module: nn.Module) -> Slots:
+    """The slots of a module that shows member tensors, in attributes too."""
+    slots = Slots(module)
+    for owner in module.modules():
+        for name, value in vars(owner).items():
+            if name not in MODULE_ATTRIBUTES and any(isinstance(leaf, MemberTensor) for leaf in tree_leaves(value)):
+                slots.carried[owner, name] = value
+    return slots
+
+
+def _prepare_undo(region: Region, tensors: list[tuple[Any, bool]]) -> None:
+    """A later module of this call may retreat too: what is written member by member, no dispatch sees."""
+    region.keep_streams()
+    for tensor, _ in tensors:
+        if isinstance(tensor, MemberTensor) and tensor._outside:
+            region.keep(tensor._inner)
 
 
 def _left(tree: Any, region: Region) -> tuple[list[Any], Callable[[list[Any]], Any]]:
@@ -135,23 +155,6 @@ def _left(tree: Any, region: Region) -> tuple[list[Any], Callable[[list[Any]], A
     return columns, rebuild
 
 
-def _put(places: Any, columns: Any, index: int) -> None:
-    for (owner, name), column in zip(places, columns, strict=True):
-        if column is not None:
-            value = column[index]
-            value._is_param = True
-            owner[name] = value
-
-
-def _keep_assigned(places: Any, columns: Any, assigned: Any, finish: Callable[[Any], Any]) -> None:
-    """Buffers that each member's run replaced, stacked."""
-    for k, (owner, name) in enumerate(places):
-        values = [row[k] for row in assigned]
-        before = columns[k]
-        if isinstance(values[0], torch.Tensor) and (before is None or values[0] is not before[0]):
-            owner[name] = finish(torch.stack(values))
-
-
 def by_members(func: Callable[..., Any], arguments: Arguments, out_dims: Any, region: Region, signal: Retreat) -> Any:
     """The whole function for each member alone, as a loop would; results stacked at `out_dims`."""
     _warn(f"the function ran member by member: {signal.reason}", signal)
@@ -160,7 +163,7 @@ def by_members(func: Callable[..., Any], arguments: Arguments, out_dims: Any, re
     outs: list[Any] = []
     with ExitStack() as stack:
         solos = {
-            k: stack.enter_context(Solo(leaf).swapped())
+            k: stack.enter_context(one_by_one(leaf, region.batch_size, unbind, torch.stack))
             for k, leaf in enumerate(arguments.leaves)
             if isinstance(leaf, Slots)
         }
@@ -185,37 +188,6 @@ class _Column(list[Any]):
 
 def _columns(leaf: Any, dim: int | None) -> Any:
     return _Column(leaf.unbind(dim)) if isinstance(leaf, torch.Tensor) and dim is not None else leaf
-
-
-class Solo:
-    """A stack's template, holding one member's tensors at a time; what each member's run assigns is stacked."""
-
-    def __init__(self, slots: Slots) -> None:
-        self.slots = slots
-        self.places = [(place.owner, place.name) for place in slots.places]
-        self.columns = [
-            None if t is None else t.unbind(0) if held else [t] * (slots.size() or 1) for t, held in slots.tensors()
-        ]
-        self.assigned: list[list[Any]] = []
-
-    @contextmanager
-    def swapped(self) -> Iterator[Solo]:
-        """Within the block `show(i)` puts member i in place; afterwards the stack is whole again."""
-        originals = [owner.get(name) for owner, name in self.places]
-        try:
-            yield self
-        finally:
-            for (owner, name), original in zip(self.places, originals, strict=True):
-                owner[name] = original
-        _keep_assigned(self.places, self.columns, self.assigned, lambda stacked: stacked)
-
-    def show(self, index: int) -> None:
-        """Put member `index` in place."""
-        _put(self.places, self.columns, index)
-
-    def collect(self) -> None:
-        """Note what the member's run left in the places."""
-        self.assigned.append([owner.get(name) for owner, name in self.places])
 
 
 def stack_outputs(outs: list[Any], finish: Callable[[torch.Tensor], Any], region: Region | None = None) -> Any:

@@ -6,17 +6,24 @@ the places once, and looks only whether the module is still the one it knows.
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
 from torch import nn
 
+from memberwise._torch.recurrent import kept_lists, put_back
 from memberwise.engine.ambient import Region
 from memberwise.engine.crossing import enter, leave
 from memberwise.engine.tensor import MemberTensor
 from memberwise.trees import tree_leaves, tree_map
+
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+"""What every module has; a module's own attributes are the others."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -27,6 +34,7 @@ class Place:
     name: str
     key: str
     shared: bool
+    is_parameter: bool
 
 
 @dataclass(slots=True)
@@ -36,6 +44,7 @@ class Swap:
     originals: list[Any]
     members: list[Any]
     attributes: list[tuple[nn.Module, dict[str, Any]]]
+    recurrent: list[tuple[nn.Module, dict[str, Any]]]
 
 
 class Slots:
@@ -44,93 +53,107 @@ class Slots:
     Args:
         template: the module; its parameters and buffers are `(M, *s)`, those in `shared` have their own shape.
         shared: state-dict keys of what has no member axis.
+
+    Attributes:
+        generators: one random stream a member, or None; a call that brings none of its own draws from them.
+        apart: members that are in another mode than the template, and in which.
+        carried: stacked tensors that calls left in plain attributes, by (module, attribute).
+        retreats: modules that run member by member, and why.
     """
 
     def __init__(self, template: nn.Module, shared: frozenset[str] = frozenset()) -> None:
         self.template = template
         self.shared = shared
-        self.window: tuple[int, int] | None = None
+        self.generators: Sequence[torch.Generator] | None = None
+        self.apart: dict[int, bool] = {}
         self.retreats: dict[nn.Module, str] = {}
-        self.carried: dict[tuple[int, str], Any] = {}
-        self._places: list[Place] = []
+        self.carried: dict[tuple[nn.Module, str], Any] = {}
         self._modules: list[nn.Module] = []
-        self._custom: list[nn.Module] = []
-        self._shape: list[Any] = []
-
-    def narrowed(self, low: int, high: int) -> Slots:
-        """The same slots showing members `low` to `high` only."""
-        out = copy.copy(self)
-        out.window = (low, high)
-        return out
 
     @property
     def places(self) -> list[Place]:
         """Every place, found anew only if the module tree has changed."""
-        if self._shape != [*map(_outline, self._modules)] or not self._modules:
+        if not self._modules or not self._is_current():
             self._find()
         return self._places
 
+    def _is_current(self) -> bool:
+        return (
+            [*map(len, self._owners)] == self._lengths
+            and [*chain.from_iterable(self._owners)] == self._names
+            and [*chain.from_iterable(map(dict.values, self._children))] == self._kids
+        )
+
     def _find(self) -> None:
-        self._modules, self._places, self._custom = [], [], []
+        self._modules, self._places = [], []
         for prefix, module in self.template.named_modules():
             self._modules.append(module)
-            if not type(module).__module__.startswith("torch.nn."):
-                self._custom.append(module)
             for owner in (module._parameters, module._buffers):
                 for name in owner:
                     key = f"{prefix}.{name}" if prefix else name
-                    self._places.append(Place(owner, name, key, key in self.shared))
-        self._shape = [*map(_outline, self._modules)]
+                    self._places.append(Place(owner, name, key, key in self.shared, owner is module._parameters))
+        self._owners = [owner for module in self._modules for owner in (module._parameters, module._buffers)]
+        self._children = [module._modules for module in self._modules]
+        self._lengths = [*map(len, self._owners)]
+        self._names = [*chain.from_iterable(self._owners)]
+        self._kids = [*chain.from_iterable(map(dict.values, self._children))]
+        self._custom = [module for module in self._modules if not type(module).__module__.startswith("torch.nn.")]
+        self._hooks = [
+            hooks for module in self._modules for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        ]
+        self._recurrent = [module for module in self._modules if isinstance(module, nn.RNNBase)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("template", "shared", "generators", "apart", "retreats", "carried")
+        return {"_modules": [], **{name: self.__dict__[name] for name in kept}}  # places are found again
+
+    def watched_modules(self) -> list[nn.Module]:
+        """The modules whose attributes a call may change: torch's own do so only by hooks."""
+        return self._modules if any(self._hooks) else self._custom
 
     def size(self) -> int | None:
         """M, or None if there is no stacked tensor."""
         for place in self.places:
-            value = place.owner.get(place.name)
+            value = place.owner[place.name]
             if value is not None and not place.shared:
-                return value.shape[0] if self.window is None else self.window[1] - self.window[0]
+                return value.shape[0]
         return None
 
     def tensors(self) -> list[tuple[Any, bool]]:
-        """`(tensor or None, stacked)` of each place, cut to the window."""
-        found = [(place.owner.get(place.name), not place.shared) for place in self.places]
-        if self.window is None:
-            return found
-        low, high = self.window
-        return [(t[low:high] if held and t is not None else t, held) for t, held in found]
+        """`(tensor or None, stacked)` of each place."""
+        return [(place.owner[place.name], not place.shared) for place in self.places]
 
     def enter(self, region: Region) -> Swap:
         """Show member tensors in every place; one object, where one object stood (ties)."""
         places = self.places
-        originals = [place.owner.get(place.name) for place in places]
+        originals = [place.owner[place.name] for place in places]
         unique: dict[int, int] = {}
         tensors: list[torch.Tensor] = []
         stacked: list[bool] = []
-        for (tensor, held), original in zip(self.tensors(), originals, strict=True):
-            if tensor is not None and id(original) not in unique:
+        for place, original in zip(places, originals, strict=True):
+            if original is not None and id(original) not in unique:
                 unique[id(original)] = len(tensors)
-                tensors.append(tensor)
-                stacked.append(held)
-        entered = enter(tensors, stacked, region)
-        members = [None if one is None else entered[unique[id(one)]] for one in originals]
-        for place, original, member in zip(places, originals, members, strict=True):
+                tensors.append(original)
+                stacked.append(not place.shared)
+        members = entered = enter(tensors, stacked, region)
+        if len(tensors) != len(originals):
+            members = [None if one is None else entered[unique[id(one)]] for one in originals]
+        recurrent = [(module, kept_lists(module) or {}) for module in self._recurrent]
+        for place, member in zip(places, members, strict=True):
             if member is not None:
-                if isinstance(original, nn.Parameter):
+                if place.is_parameter:
                     member._is_param = True  # isinstance(weight, nn.Parameter) holds inside, as it does alone
                 place.owner[place.name] = member
-        swap = Swap(originals, members, [])
-        for module in self._custom:
-            self._carry_in(module, region)
-            swap.attributes.append((module, dict(module.__dict__)))
-        return swap
+        if self.carried:
+            self._carry_in(region)
+        attributes = [(module, module.__dict__.copy()) for module in self.watched_modules()]
+        return Swap(originals, members, attributes, recurrent)
 
-    def _carry_in(self, module: nn.Module, region: Region) -> None:
-        """Show a tensor that a former call left in an attribute as a member tensor again."""
-        if not self.carried:
-            return
-        for name, value in module.__dict__.items():
-            kept = self.carried.get((id(module), name))
-            if kept is not None and kept is value:
-                module.__dict__[name] = tree_map(lambda leaf: _as_member(leaf, region), value)
+    def _carry_in(self, region: Region) -> None:
+        """Show the tensors that a former call left in attributes as member tensors again."""
+        for (module, name), kept in self.carried.items():
+            if module.__dict__.get(name) is kept:
+                module.__dict__[name] = tree_map(lambda leaf: _as_member(leaf, region), kept)
 
     def leave(self, swap: Swap, region: Region) -> None:
         """Put the stacked tensors back; what the module assigned to a place or an attribute is kept, stacked."""
@@ -139,27 +162,35 @@ class Slots:
             if now is member:
                 place.owner[place.name] = original
             elif isinstance(now, torch.Tensor):
-                self._keep_assigned(place, original, now, region)
+                place.owner[place.name] = leave(now, region)
+        for module, lists in swap.recurrent:
+            put_back(module, lists)
         for module, before in swap.attributes:
-            for name, value in module.__dict__.items():
-                if before.get(name) is not value or (id(module), name) in self.carried:
-                    self._carry_out(module, name, value, region)
-
-    def _keep_assigned(self, place: Place, original: Any, now: torch.Tensor, region: Region) -> None:
-        if self.window is None:
-            place.owner[place.name] = leave(now, region)
-            return
-        place.owner[place.name] = original  # a window of it changed: write that window
-        with torch.no_grad():
-            original[self.window[0] : self.window[1]].copy_(leave(now, region))
+            now = module.__dict__
+            if self.carried or len(now) != len(before) or not all(map(is_, now.values(), before.values())):
+                for name in now.keys() - MODULE_ATTRIBUTES:
+                    if before.get(name) is not now[name] or (module, name) in self.carried:
+                        self._carry_out(module, name, now[name], region)
 
     def _carry_out(self, module: nn.Module, name: str, value: Any, region: Region) -> None:
-        if not isinstance(value, torch.Tensor | list | tuple | dict) or name.startswith("_"):
+        if not isinstance(value, torch.Tensor | list | tuple | dict):
             return
         if any(isinstance(leaf, MemberTensor) for leaf in tree_leaves(value)):
             kept = tree_map(lambda leaf: leave(leaf, region) if isinstance(leaf, MemberTensor) else leaf, value)
             module.__dict__[name] = kept
-            self.carried[id(module), name] = kept
+            self.carried[module, name] = kept
+
+    @contextmanager
+    def again(self, swap: Swap) -> Iterator[None]:
+        """The members of a former call in their places, while a checkpoint of that call is recomputed."""
+        now = [place.owner.get(place.name) for place in self._places]
+        for place, member in zip(self._places, swap.members, strict=True):
+            place.owner[place.name] = member
+        try:
+            yield
+        finally:
+            for place, value in zip(self._places, now, strict=True):
+                place.owner[place.name] = value
 
     def restore(self, swap: Swap) -> None:
         """Undo: every place and attribute as it was before the call."""
@@ -168,10 +199,8 @@ class Slots:
         for module, before in swap.attributes:
             module.__dict__.clear()
             module.__dict__.update(before)
-
-
-def _outline(module: nn.Module) -> Any:
-    return len(module._parameters), len(module._buffers), *map(id, module._modules.values())
+        for module, lists in swap.recurrent:
+            put_back(module, lists)
 
 
 def _as_member(leaf: Any, region: Region) -> Any:

@@ -1,0 +1,186 @@
+"""Members that do not run in one call take turns, and what their runs leave behind is put together again.
+
+Turns come from three sides: `chunk_size`, members in different modes, and a function that must run member by member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from memberwise.engine.slots import MODULE_ATTRIBUTES, Slots
+from memberwise.engine.tensor import MemberTensor
+from memberwise.errors import EngineError, build
+from memberwise.trees import tree_leaves, tree_map, tree_transpose_map
+
+Cut = Callable[[torch.Tensor], Sequence[torch.Tensor]]
+Join = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+
+
+class Split:
+    """Which members each turn has: cuts stacked tensors so, and joins the turns' tensors in the members' order.
+
+    >>> split = Split([[0, 2], [1]])
+    >>> [piece.tolist() for piece in split.cut(torch.arange(3))]
+    [[0, 2], [1]]
+    >>> split.join(split.cut(torch.arange(3))).tolist()
+    [0, 1, 2]
+    """
+
+    def __init__(self, turns: Sequence[Sequence[int]]) -> None:
+        self.turns = turns
+        self.order = [member for turn in turns for member in turn]
+        self.sizes = [len(turn) for turn in turns]
+        self.in_order = self.order == sorted(self.order)
+
+    def cut(self, tensor: torch.Tensor, dim: int = 0) -> Sequence[torch.Tensor]:
+        """One piece a turn: views, unless the members are not in order."""
+        return self._reordered(tensor, self.order, dim).split(self.sizes, dim)
+
+    def join(self, pieces: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+        """The whole from one piece a turn."""
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return self._reordered(torch.cat(list(pieces), dim), back, dim)
+
+    def write_back(self, tensor: torch.Tensor, pieces: Sequence[torch.Tensor], dim: int = 0) -> None:
+        """Bring into `tensor` what was written to pieces that are copies of it."""
+        if self.in_order:
+            return
+        before, now = tensor.detach(), torch.cat([piece.detach() for piece in pieces], dim)
+        if not torch.equal(self._reordered(before, self.order, dim), now):  # versions do not tell, below autograd
+            with torch.no_grad():
+                tensor.index_copy_(dim, torch.tensor(self.order, device=tensor.device), now)
+
+    def _reordered(self, tensor: torch.Tensor, order: list[int], dim: int) -> torch.Tensor:
+        if self.in_order:
+            return tensor
+        return tensor.index_select(dim, torch.tensor(order, device=tensor.device))
+
+
+class Showing:
+    """A template that shows the members of one turn at a time.
+
+    Args:
+        slots: whose template.
+        turns: how many there are.
+        cut, join: a stacked tensor as one piece a turn, and back.
+        alone: whether a turn is one member, run without a member axis.
+    """
+
+    def __init__(self, slots: Slots, turns: int, cut: Cut, join: Join, alone: bool) -> None:
+        self.slots = slots
+        self.places = slots.places
+        self.originals = [place.owner[place.name] for place in self.places]
+        self.before = [(module, dict(module.__dict__)) for module in slots.template.modules()]
+        self._carried = dict(slots.carried)
+        self._cut, self._join, self._alone = cut, join, alone
+        pieces = {
+            id(tensor): cut(tensor) if held else [tensor] * turns
+            for tensor, held in slots.tensors()
+            if tensor is not None
+        }
+        self.pieces = [[None] * turns if one is None else pieces[id(one)] for one in self.originals]
+        for place, own in zip(self.places, self.pieces, strict=True):
+            for piece in own if place.is_parameter and own[0] is not None else ():
+                piece._is_param = True  # type: ignore[attr-defined] # isinstance(w, nn.Parameter) holds, as alone
+        self._left: list[tuple[list[Any], dict[tuple[nn.Module, str], Any]]] = []
+
+    def show(self, turn: int) -> None:
+        """Put the members of a turn in place, each with what it alone carries in attributes."""
+        for place, pieces in zip(self.places, self.pieces, strict=True):
+            place.owner[place.name] = pieces[turn]
+        self._reset_attributes()
+        for (module, name), kept in self._carried.items():
+            if module.__dict__.get(name) is kept:
+                shown = tree_map(lambda leaf: self._cut(leaf)[turn] if _is_stacked(leaf) else leaf, kept)
+                module.__dict__[name] = self.slots.carried[module, name] = shown
+
+    def collect(self) -> None:
+        """Note what the run of the turn that is shown has left."""
+        carried = self.slots.carried
+        attributes = {
+            (module, name): (value, carried.get((module, name)) is value)
+            for module, before in self.before
+            for name, value in module.__dict__.items()
+            if name not in MODULE_ATTRIBUTES and before.get(name, self) is not value
+        }
+        self._left.append(([place.owner.get(place.name) for place in self.places], attributes))
+
+    def restore(self) -> None:
+        """Show the whole stack again, as it was."""
+        for place, original in zip(self.places, self.originals, strict=True):
+            place.owner[place.name] = original
+        self._reset_attributes()
+        self.slots.carried.clear()
+        self.slots.carried.update(self._carried)
+
+    def _reset_attributes(self) -> None:
+        for module, before in self.before:
+            module.__dict__.clear()
+            module.__dict__.update(before)
+
+    def finish(self, write_back: Callable[[torch.Tensor, Sequence[torch.Tensor]], None]) -> None:
+        """Put together what all turns have left."""
+        for k, (place, original, pieces) in enumerate(zip(self.places, self.originals, self.pieces, strict=True)):
+            left = [values[k] for values, _ in self._left]
+            if any(now is not piece for now, piece in zip(left, pieces, strict=True)):
+                place.owner[place.name] = self._join(left)
+            elif original is not None and not place.shared:
+                write_back(original, pieces)
+        for key in dict.fromkeys(key for _, attributes in self._left for key in attributes):
+            self._put_together(*key, [attributes[key][0] for _, attributes in self._left if key in attributes])
+
+    def _put_together(self, module: nn.Module, name: str, values: list[Any]) -> None:
+        """One attribute from one value a turn: members' tensors are joined; of others the last stays, as in a loop."""
+        rows = [tree_leaves(value) for value in values]
+        apart = values[0] is not values[-1] and any(isinstance(leaf, torch.Tensor) for leaf in rows[0])
+        if not apart or not (self._alone or self._is_carried(module, name)):
+            module.__dict__[name] = values[-1]
+            return
+        try:
+            whole = tree_transpose_map(self._join_row, values)
+        except (RuntimeError, ValueError, IndexError) as error:
+            what = f"members leave values of different shapes in the attribute '{name}' of {type(module).__name__}"
+            raise build(EngineError, "MW203", what, do="Pad them to one shape, or keep them elsewhere") from error
+        module.__dict__[name] = self.slots.carried[module, name] = whole
+
+    def _is_carried(self, module: nn.Module, name: str) -> bool:
+        return all(attributes[module, name][1] for _, attributes in self._left if (module, name) in attributes)
+
+    def _join_row(self, row: list[Any]) -> Any:
+        return self._join(row) if isinstance(row[0], torch.Tensor) else row[-1]
+
+
+@contextmanager
+def in_turns(slots: Slots, split: Split) -> Iterator[Showing]:
+    """Within the block `show(turn)` puts a turn's members in place; afterwards the stack is whole again."""
+    yield from _showing(Showing(slots, len(split.turns), split.cut, split.join, alone=False), split.write_back)
+
+
+@contextmanager
+def one_by_one(slots: Slots, members: int, cut: Cut, join: Join) -> Iterator[Showing]:
+    """Within the block `show(i)` puts member i in place, without a member axis; then the stack is whole again."""
+    yield from _showing(Showing(slots, members, cut, join, alone=True), lambda *_: None)
+
+
+def unbind(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The members of a stacked tensor."""
+    return tensor.unbind(0)
+
+
+def _showing(shown: Showing, write_back: Any) -> Iterator[Showing]:
+    try:
+        yield shown
+    except BaseException:
+        shown.restore()
+        raise
+    shown.restore()
+    shown.finish(write_back)
+
+
+def _is_stacked(leaf: Any) -> bool:
+    return isinstance(leaf, MemberTensor) or (isinstance(leaf, torch.Tensor) and leaf.ndim > 0)
