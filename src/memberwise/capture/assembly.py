@@ -96,6 +96,7 @@ class Assembly:
             result=result,
             guards=before.guards.without(stored),
             pinned=self.pinned,
+            optimizers=before.reach.optimizers,
             leaves=before.leaves,
             filled=[grad is not None for grad in before.grads],
             arguments=before.arguments,
@@ -142,7 +143,7 @@ class Assembly:
             self.moving.append((index, self._grads[key]))
         else:
             return None
-        self.values.append(tensor)
+        self.values.append(_plain(tensor))
         self._index[key] = index
         return index
 
@@ -201,6 +202,11 @@ class Assembly:
         if not isinstance(leaf, PLAIN):
             raise Refused("returned-object", f"a {type(leaf).__name__}")
         return leaf
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory without a subclass that the compiler does not know."""
+    return tensor if type(tensor) in (torch.Tensor, torch.nn.Parameter) else tensor.as_subclass(torch.Tensor)
 
 
 def _is_spent(tensor: torch.Tensor) -> bool:

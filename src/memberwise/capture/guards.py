@@ -30,8 +30,9 @@ class Guards:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
-        self._getters = [row.getter for row in rows]
-        self._holders = [row.holder for row in rows]
+        read = [row for row in rows if row.places]
+        self._getters = [row.getter for row in read]
+        self._holders = [row.holder for row in read]
         sized = [row for row in rows if row.size >= 0]
         self._sized = [row.holder for row in sized]
         self._sizes = [row.size for row in sized]

@@ -17,16 +17,19 @@ from memberwise.capture.places import Place
 from memberwise.trees import tree_map
 
 
-class Output(NamedTuple):
-    """Stands in a returned structure for output `index` of the graph."""
+class Output:
+    """Stands in a returned structure for output `index` of the graph. (No tuple: those are structures.)"""
 
-    index: int
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
 
 
-class Input(NamedTuple):
+class Input(Output):
     """Stands in a returned structure for value `index`, returned as it is."""
 
-    index: int
+    __slots__ = ()
 
 
 class Setting(NamedTuple):
@@ -65,6 +68,7 @@ class Program:
         result: the returned structure, with `Output` and `Input` in the tensors' places.
         guards: the Python values that are taken for granted.
         pinned: by `id`, the value that a tensor is, and all places that hold it.
+        optimizers: whose hyperparameters are tensors, to be brought up to date before each run.
         leaves: tensors with a `.grad`.
         filled: whether each leaf had one at the start.
         arguments: what the step was called with.
@@ -82,6 +86,7 @@ class Program:
     result: Any
     guards: Guards
     pinned: dict[int, tuple[int, list[Place]]]
+    optimizers: list[Any]
     leaves: list[torch.Tensor]
     filled: list[bool]
     arguments: Arguments
@@ -161,7 +166,9 @@ class Program:
         return True
 
     def replay(self, values: list[torch.Tensor]) -> Any:
-        """Draw, run, put results in their places, and build what the step returns."""
+        """Bring hyperparameters up to date, draw, run, put results in their places, and build what the step returns."""
+        for optimizer in self.optimizers:
+            optimizer.sync_hyperparameters()
         for index, draw in self.draws:
             values[index] = draw.take()
         with torch.no_grad():

@@ -19,7 +19,7 @@ import sys
 import sysconfig
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -117,7 +117,7 @@ class Reach:
                 return
         self._object(label, value)
 
-    def _hold(self, holder: Any, places: list[Place], size: int = -1) -> None:
+    def _hold(self, holder: Any, places: list[Place], size: int = -1, *, follow: bool = True) -> None:
         """Watch the values at `places`, all in `holder`, and follow them."""
         if not places and size < 0:
             return
@@ -126,7 +126,8 @@ class Reach:
             self.refusal = Refusal("too-large", f"{places[-1].label} is value {self._watched}")
             return
         self.rows.append(Row(_getter(places), holder, tuple(places), size))
-        self._pending.extend((place.label, place.read(), place) for place in places)
+        if follow:
+            self._pending.extend((place.label, place.read(), place) for place in places)
 
     def _items(self, holder: Any, keys: Iterable[Any], label: str, *, sized: bool = False) -> None:
         places: list[Place] = [Item(holder, key, f"{label}[{_written(key)}]") for key in keys]
@@ -160,7 +161,7 @@ class Reach:
 
     def _set(self, label: str, value: Any) -> None:
         holder = _Members(value)
-        self._hold(holder, [Attribute(holder, "members", label)])
+        self._hold(holder, [Attribute(holder, "members", label)], follow=False)
 
     def _module(self, label: str, value: nn.Module) -> None:
         own = vars(value)
@@ -236,14 +237,49 @@ class Reach:
     def _object(self, label: str, value: Any) -> None:
         if _is_opaque(type(value)):
             return
-        if hasattr(value, "sync_hyperparameters"):
-            self.optimizers.append(value)
         own = getattr(value, "__dict__", None)
         if own is not None:
             self._entries(own, list(own), label, sized=True)
         slots = [name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)]
         self._hold(value, [Attribute(value, name, f"{label}.{name}") for name in slots])
         self._class(label, type(value))
+
+    def _optimizer(self, label: str, value: Any) -> None:
+        """An optimizer that says itself what a recording depends on; its hyperparameters are tensors."""
+        self.optimizers.append(value)
+        holder = _Prepared(value)
+        for index, tensor in enumerate(holder.tensors):
+            self._tensor(f"{label}.capture_state()[{index}]", tensor, None)
+        for name in ("signature", "state"):
+            self._hold(holder, [Attribute(holder, name, f"the {name} of {label}")], follow=False)
+        for group in value.param_groups:
+            self._items(group["params"], range(len(group["params"])), f"{label}.param_groups[]['params']", sized=True)
+
+
+class _Prepared:
+    """An optimizer's own account of what its step depends on, as values that stay one object while they are equal."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.tensors = optimizer.capture_state()
+        self.before = optimizer.capture_signature()
+        self.held = self._tables()
+
+    def _tables(self) -> list[Any]:
+        groups = self.optimizer.param_groups
+        return [groups, len(groups), *self.optimizer.state.values()]
+
+    @property
+    def signature(self) -> Any:
+        now = self.optimizer.capture_signature()
+        return self.before if now == self.before else now
+
+    @property
+    def state(self) -> Any:
+        """Changes when state was loaded, or groups were added."""
+        now = self._tables()
+        same = len(now) == len(self.held) and all(map(operator.is_, now, self.held))
+        return self.held if same else now
 
 
 class _Members:
@@ -258,6 +294,15 @@ class _Members:
         return self.before if self.held == self.before else frozenset(self.held)
 
 
+@runtime_checkable
+class _Captured(Protocol):
+    """What an optimizer offers that takes part in capture."""
+
+    def capture_state(self) -> list[torch.Tensor]: ...
+    def capture_signature(self) -> Any: ...
+    def sync_hyperparameters(self) -> None: ...
+
+
 def _numpy_streams() -> tuple[type, ...]:
     try:
         from numpy.random import Generator, RandomState
@@ -269,6 +314,7 @@ def _numpy_streams() -> tuple[type, ...]:
 _FOLLOW: tuple[tuple[Any, Callable[[Reach, str, Any], None]], ...] = (
     (_CLOSED, Reach._nothing),
     (nn.Module, Reach._module),
+    (_Captured, Reach._optimizer),
     (types.MethodType, Reach._method),
     (types.FunctionType, Reach._function),
     (functools.partial, Reach._partial),
@@ -289,15 +335,11 @@ _FOLLOW: tuple[tuple[Any, Callable[[Reach, str, Any], None]], ...] = (
 def _getter(places: list[Place]) -> Callable[[Any], tuple[Any, ...]]:
     """One C-level call that reads all places of a holder as a tuple."""
     if not places:
-        return _empty
+        return tuple  # an empty container gives an empty tuple; only its size is watched
     keys = [place.key for place in places]
     if len(keys) == 1:
         keys = keys * 2
     return (operator.itemgetter if isinstance(places[0], Item) else operator.attrgetter)(*keys)
-
-
-def _empty(holder: Any) -> tuple[Any, ...]:
-    return ()
 
 
 def _slots(kind: type) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ class Recorder(DispatchMode):
         refusal: why the recording is of no use, or None.
     """
 
+    records = True  # `_torch.tracing` asks: an optimizer then reads no value, and uses plain operators
     supports_higher_order_operators = True
 
     @classmethod

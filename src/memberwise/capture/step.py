@@ -88,7 +88,7 @@ class CapturedStep:
 
     def _record(self, arguments: Arguments, args: Any, kwargs: Any) -> Any:
         """Run the step eagerly, watched; keep what was recorded if it can be replayed."""
-        reach = self._reach(arguments)
+        reach = Reach([("step", self.step), *((type(x).__name__, x) for x in arguments.objects)])
         if reach.refusal is not None:
             self._refuse(reach.refusal)
             return self.step(*args, **kwargs)
@@ -104,13 +104,6 @@ class CapturedStep:
         except Refused as refused:
             self._refuse(refused.refusal)
         return tree_map(_detached, out)
-
-    def _reach(self, arguments: Arguments) -> Reach:
-        roots = [("step", self.step), *((type(x).__name__, x) for x in arguments.objects)]
-        reach = Reach(roots)
-        for optimizer in reach.optimizers:
-            optimizer.capture_state()
-        return Reach(roots) if reach.optimizers else reach
 
     def _keep(self, program: Program) -> None:
         self._refused_in_a_row = 0
