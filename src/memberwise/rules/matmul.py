@@ -19,10 +19,10 @@ def product(a: torch.Tensor, a_dim: Any, b: torch.Tensor, b_dim: Any) -> torch.T
     if a_dim is None:  # one shared left side: (n, k) @ (k, M * p) is one wide product
         if b.shape[0] * b.shape[2] == 0 or a.shape[0] == 0:
             return torch.matmul(a, b)
-        wide = a @ b.permute(1, 0, 2).reshape(b.shape[1], -1)
+        wide = a @ b.permute(1, 0, 2).flatten(1)
         return wide.view(a.shape[0], b.shape[0], b.shape[2]).permute(1, 0, 2)
     if b_dim is None:  # one shared right side: the members' rows one above the other
-        return torch.mm(a.reshape(-1, a.shape[2]), b).view(a.shape[0], a.shape[1], b.shape[1])
+        return torch.mm(a.flatten(0, 1), b).view(a.shape[0], a.shape[1], b.shape[1])
     return torch.bmm(a, b)
 
 
@@ -37,7 +37,7 @@ def bmm(info: Any, in_dims: Any, a: torch.Tensor, b: torch.Tensor) -> Any:
     """Members and batch fold into one batch."""
     size = info.batch_size
     a, b = expanded(a, in_dims[0], size), expanded(b, in_dims[1], size)
-    out = torch.bmm(a.reshape(-1, *a.shape[2:]), b.reshape(-1, *b.shape[2:]))
+    out = torch.bmm(a.flatten(0, 1), b.flatten(0, 1))
     return out.view(size, a.shape[1], a.shape[2], b.shape[3]), 0
 
 
