@@ -1,0 +1,1 @@
+"""What a training step costs, with Memberwise and with everything else: see README.md."""

@@ -1,0 +1,56 @@
+"""What a figure was measured on and with: enough to compare, nothing that tells one machine's owner."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("memberwise", "torch")
+ROOT = Path(__file__).parent.parent
+
+
+def machine() -> dict[str, object]:
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count() or 1,
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.system(),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def processor() -> str:
+    """The processor's name, from the kernel where it tells."""
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found.group(1).strip() if found else platform.machine()
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "commit": commit()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def commit() -> str:
+    """The checkout's commit, with a `+` if the sources differ from it."""
+    try:
+        head = _git("rev-parse", "--short", "HEAD")
+        return head + "+" * bool(_git("status", "--porcelain", "--", "src", "benchmarks"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(("git", *arguments), cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()

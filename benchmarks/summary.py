@@ -1,0 +1,123 @@
+"""A results document as the cells of a table, for the terminal and for Markdown alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+Figure = dict[str, Any]
+Row = dict[str, Any]
+Cells = list[list[str]]
+"""A heading and its lines."""
+
+RATIOS = (
+    ("memberwise captured", ("loop",), "captured / loop"),
+    ("memberwise captured", ("torch.vmap", "torch.vmap compiled"), "captured / torch.vmap at its best"),
+    ("memberwise", ("loop",), "eager / loop"),
+    ("memberwise", ("torch.vmap",), "eager / torch.vmap"),
+)
+"""The ratio columns: of which family to which others, and the heading."""
+
+
+def times(document: dict[str, Any]) -> Cells:
+    """One line a row, one column a family: milliseconds a step."""
+    families = list(dict.fromkeys(figure["family"] for row in document["rows"] for figure in row["figures"]))
+    heading = ["ms a step", "workload", "threads", *families]
+    return [
+        heading,
+        *(
+            [row["row"], _workload(row), str(row["threads"]), *(_time(row, family) for family in families)]
+            for row in document["rows"]
+        ),
+    ]
+
+
+def ratios(document: dict[str, Any]) -> Cells:
+    """One line a row: how many times as fast Memberwise is."""
+    heading = ["times as fast", "threads", *(heading for *_, heading in RATIOS)]
+    return [heading, *([row["row"], str(row["threads"]), *_ratios(row)] for row in document["rows"])]
+
+
+def overhead(document: dict[str, Any]) -> Cells:
+    """One line an operation and way, one column a rival: microseconds an operation; at last the empty region."""
+    costs = {(cost["operation"], cost["way"], cost["rival"]): cost["us"]["median"] for cost in document["operations"]}
+    rivals = list(dict.fromkeys(rival for *_, rival in costs))
+    lines = list(dict.fromkeys((operation, way) for operation, way, _ in costs))
+    empty = {cost["rival"]: f"{cost['us']['median']:.1f}" for cost in document["empty"]}
+    return [
+        ["us an operation", *rivals],
+        *([", ".join(line), *(f"{costs[*line, rival]:.1f}" for rival in rivals)] for line in lines),
+        ["an empty region", *(empty.get(rival, "") for rival in rivals)],
+    ]
+
+
+def notes(document: dict[str, Any]) -> list[str]:
+    """Every figure that is missing or was cut, and why; one line for each rival and reason."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for row in document["rows"]:
+        for figure in row["figures"]:
+            if figure["status"] != "timed":
+                key = figure["rival"], figure["status"], figure["why"]
+                rows.setdefault(key, []).append(f"{row['row']} ({_threads(row)})")
+    return [f"{rival} {status} in {', '.join(where)}: {why}" for (rival, status, why), where in rows.items()]
+
+
+def origin(document: dict[str, Any]) -> str:
+    """What was measured, where and when, in one paragraph."""
+    machine, versions, settings = document["machine"], document["versions"], document["settings"]
+    return (
+        f"Milliseconds a step of all members (zero_grad, forward, backward, Adam): the median of at most "
+        f"{settings['rounds']} interleaved rounds. A column is the fastest of its family's rivals in that row. "
+        f"Times as fast: medians over neighbouring rounds, with their 95% interval; above 1 Memberwise is ahead. "
+        f"{machine['processor']}, {machine['cores']} cores, torch {versions['torch']}, "
+        f"commit {versions['commit']}, {document['date']}."
+    )
+
+
+def fastest(row: Row, families: tuple[str, ...]) -> Figure | None:
+    """The fastest rival of these families in the row, if any was timed."""
+    timed = [figure for figure in row["figures"] if figure["family"] in families and figure["us"]]
+    return min(timed, key=lambda figure: figure["us"]["median"], default=None)
+
+
+def milliseconds(us: float) -> str:
+    """
+    >>> milliseconds(862.4), milliseconds(12345.6), milliseconds(135512.0)
+    ('0.86', '12.3', '136')
+    """
+    return f"{us / 1e3:.{2 if us < 1e4 else 1 if us < 1e5 else 0}f}"
+
+
+def verdict(faster: dict[str, float]) -> str:
+    """A ratio and its interval, said in words where Memberwise does not win.
+
+    >>> verdict({"median": 2.5, "low": 2.4, "high": 2.61}), verdict({"median": 0.8, "low": 0.75, "high": 0.84})
+    ('2.50 (2.40-2.61)', '0.80 (0.75-0.84) LOSS')
+    >>> verdict({"median": 1.01, "low": 0.97, "high": 1.04})
+    '1.01 (0.97-1.04) tie'
+    """
+    low, high = faster["low"], faster["high"]
+    said = " LOSS" if high < 1 else " tie" if low <= 1 else ""
+    return f"{faster['median']:.2f} ({low:.2f}-{high:.2f}){said}"
+
+
+def _threads(row: Row) -> str:
+    return f"{row['threads']} thread" + "s" * (row["threads"] > 1)
+
+
+def _workload(row: Row) -> str:
+    return f"{row['about']}, M = {row['members']}"
+
+
+def _time(row: Row, family: str) -> str:
+    best = fastest(row, (family,))
+    if best is not None:
+        return milliseconds(best["us"]["median"]) + " (cut)" * (best["status"] == "cut")
+    return next((figure["status"] for figure in row["figures"] if figure["family"] == family), "")
+
+
+def _ratios(row: Row) -> Iterator[str]:
+    ratios = {(ratio["of"], ratio["to"]): ratio["faster"] for ratio in row["ratios"]}
+    for family, others, _ in RATIOS:
+        mine, other = fastest(row, (family,)), fastest(row, others)
+        yield verdict(ratios[mine["rival"], other["rival"]]) if mine and other else ""

@@ -1,0 +1,67 @@
+"""The clock: rounds in which every rival runs one block of steps, so that a busy moment meets all alike."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+Step = Callable[[int], object]
+"""Runs training step number i."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long to measure: `rounds` blocks of at least `block_s` seconds, `budget_s` in all for each rival."""
+
+    rounds: int = 30
+    block_s: float = 0.03
+    budget_s: float = 10.0
+
+
+@dataclass
+class Runner:
+    """One rival at the start: how many steps a block has, what it has measured and what that took."""
+
+    step: Step
+    steps: int = 1
+    done: int = 0
+    spent: float = 0.0
+    samples: list[float] = field(default_factory=list)
+
+    def block(self) -> float:
+        """Seconds a step, over one block."""
+        begin = time.perf_counter()
+        for number in range(self.done, self.done + self.steps):
+            self.step(number)
+        took = time.perf_counter() - begin
+        self.done += self.steps
+        self.spent += took
+        return took / self.steps
+
+
+def interleaved(steps: dict[str, Step], pace: Pace, seed: int = 0) -> dict[str, list[float]]:
+    """Seconds a step in each round, by rival. Sample i of one and sample i of another were neighbours.
+
+    The order within a round is drawn anew for each. A rival whose budget is spent runs in no further round:
+    it has fewer samples than `pace.rounds`, and at least one.
+    """
+    order = random.Random(seed)
+    runners = {name: Runner(step) for name, step in steps.items()}
+    for runner in runners.values():
+        runner.steps = _steps_of_a_block(runner, pace)
+    for number in range(pace.rounds):
+        names = [name for name, runner in runners.items() if number == 0 or runner.spent < pace.budget_s]
+        for name in order.sample(names, len(names)):
+            runners[name].samples.append(runners[name].block())
+    return {name: runner.samples for name, runner in runners.items()}
+
+
+def _steps_of_a_block(runner: Runner, pace: Pace) -> int:
+    """As many as fill `block_s`, by a first block of three (or one, if one is long)."""
+    first = runner.block()
+    if first < pace.block_s:
+        runner.steps = 3
+        first = min(first, runner.block())
+    return max(1, round(pace.block_s / first))

@@ -1,0 +1,105 @@
+"""Is a rival right? Its training run is compared with that of a plain loop before anything is timed.
+
+Adam divides a gradient by its own size. An element whose gradient is smaller than its rounding moves by a
+full learning rate in a direction that rounding alone chose, so in float32 no two orders of summation agree
+in every element. Therefore two comparisons, both with the project's one table of tolerances:
+
+- `exactly`, in float64: every element of every loss, parameter and buffer.
+- `in_norm`, in float32, of the object that is then timed: every loss, and each member's tensors in root
+  mean square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import Batch, Case
+from benchmarks.rival import LR, Running
+from memberwise.testing.tolerance import tolerance
+
+SHOWN = 5
+"""How many differences a report spells out."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What N training steps of M members left: losses (N, M), and parameters and buffers, each (M, ...)."""
+
+    losses: Tensor
+    state: dict[str, Tensor]
+
+
+def of_loop(case: Case, members: int, batches: list[Batch], dtype: torch.dtype) -> Trajectory:
+    """The reference: each member alone, in plain PyTorch, as its user would train it."""
+    losses = torch.zeros(len(batches), members, dtype=dtype)
+    states = []
+    for member, model in enumerate(case.models(members)):
+        model.to(dtype)
+        optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+        for number, batch in enumerate(batches):
+            optimizer.zero_grad()
+            loss = case.loss(model, *case.of_member(batch, member))
+            loss.backward()
+            optimizer.step()
+            losses[number, member] = loss.detach()
+        states.append(model.state_dict())
+    return Trajectory(losses, {name: torch.stack([state[name] for state in states]) for name in states[0]})
+
+
+def of_running(running: Running, batches: list[Batch]) -> Trajectory:
+    """The same of a started rival; what it returns is copied, for it may be written to again."""
+    losses = torch.stack([running.step(batch).detach().clone() for batch in batches])
+    return Trajectory(losses, {name: value.detach().clone() for name, value in running.state().items()})
+
+
+def exactly(found: Trajectory, expected: Trajectory) -> list[str]:
+    """Every difference beyond the tolerance of its dtype in any element; empty if there is none."""
+    return _report(found, expected, torch.abs)
+
+
+def in_norm(found: Trajectory, expected: Trajectory) -> list[str]:
+    """The same, with a member's tensor taken as a whole, by its root mean square."""
+    return _report(found, expected, _rms_of_members)
+
+
+def _rms_of_members(value: Tensor) -> Tensor:
+    """(M, ...) -> (M,), except integers, which must be equal one by one."""
+    return value.flatten(1).square().mean(1).sqrt() if value.is_floating_point() and value.ndim > 1 else value.abs()
+
+
+def _report(found: Trajectory, expected: Trajectory, size: Callable[[Tensor], Tensor]) -> list[str]:
+    lines = list(_differences(found, expected, size))
+    hidden = len(lines) - SHOWN
+    return lines if hidden <= 0 else [*lines[:SHOWN], f"and {hidden} more"]
+
+
+def _differences(found: Trajectory, expected: Trajectory, size: Callable[[Tensor], Tensor]) -> Iterator[str]:
+    for step, (mine, alone) in enumerate(zip(found.losses, expected.losses, strict=True)):
+        yield from _of_tensor(f"loss of step {step}", mine, alone, torch.abs)
+    if missing := expected.state.keys() ^ found.state.keys():
+        yield f"parameters or buffers on one side only: {', '.join(sorted(missing))}"
+    for name in expected.state.keys() & found.state.keys():
+        yield from _of_tensor(name, found.state[name], expected.state[name], size)
+
+
+def _of_tensor(name: str, mine: Tensor, alone: Tensor, size: Callable[[Tensor], Tensor]) -> Iterator[str]:
+    """One line for each member whose part of the tensor lies further off than the table allows."""
+    if (mine.shape, mine.dtype) != (alone.shape, alone.dtype):
+        yield f"{name}: {tuple(mine.shape)} {mine.dtype} where the loop has {tuple(alone.shape)} {alone.dtype}"
+        return
+    rtol, atol = tolerance(alone.dtype)
+    off = size(mine - alone)
+    allowed = atol + rtol * size(alone)
+    wrong = ~(off <= allowed)  # so written, NaN is wrong
+    for member in (
+        wrong.flatten(1).any(1).nonzero().flatten().tolist() if wrong.ndim > 1 else wrong.nonzero().flatten().tolist()
+    ):
+        worst = (off[member] - allowed[member]).argmax()
+        yield (
+            f"{name}, member {member}: off by {off[member].flatten()[worst].item():.3g}, "
+            f"allowed {float(allowed[member].flatten()[worst]):.3g}"
+        )
