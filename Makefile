@@ -1,0 +1,97 @@
+# Every target sets up a virtual environment by itself; the second call finds it ready.
+#
+#   make demo                  train 32 members on real data (under two minutes), see what comes out
+#   make test                  the tests; with another torch, in an environment of its own: make test TORCH=2.14.1
+#   make check                 everything that .ci/run checks
+#   make help                  all targets
+
+PYTHON ?= python3
+TORCH ?=
+ARGS ?=
+
+VENV  := .venv$(if $(TORCH),-$(TORCH))
+BIN   := $(VENV)/bin
+READY := $(VENV)/.ready
+BENCH := $(VENV)/.ready-bench
+
+# Small tensors run fastest on one thread; the tests use the cores by running side by side.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types doctest snippets imports check check-mutations bench bench-overhead \
+        readme clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | \
+	    awk -F'|' '{ printf "%-24s %s\n", $$1, $$2 }'
+
+# -- the two commands
+
+demo: $(READY) ## train 32 members on scikit-learn's digits as one stack; ARGS="--help" shows the options
+	@$(PYTHON) tools/preflight.py compiler || true
+	@$(BIN)/python examples/digits.py $(ARGS)
+
+test: $(READY) ## run the tests, side by side on all cores; ARGS="-k vmap" picks some
+	@$(PYTHON) tools/preflight.py compiler
+	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=worksteal $(ARGS)
+
+# -- the checks of .ci/run
+
+check: lint imports types test doctest snippets ## all of them
+
+lint: $(READY) ## ruff: faults and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+imports: $(READY) ## the imports form the DAG of docs/design.md
+	$(BIN)/lint-imports
+
+types: $(READY) ## pyright: no errors, and every public name annotated
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python tools/public_types.py
+
+doctest: $(READY) ## the examples in the docstrings
+	$(ONE_THREAD) $(BIN)/python -m pytest --doctest-modules src/memberwise
+
+snippets: $(READY) ## the examples in README.md and docs/
+	$(ONE_THREAD) $(BIN)/python -m pytest tests/journeys/test_snippets.py
+
+check-mutations: $(READY) ## break each rule in turn, and demand that the tests notice
+	$(ONE_THREAD) $(BIN)/python tools/mutations.py $(ARGS)
+
+# -- figures
+
+bench: $(BENCH) ## the first table of benchmarks/
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-overhead: $(BENCH) ## microseconds an operation
+	$(BIN)/python -m benchmarks.overhead $(ARGS)
+
+readme: $(READY) ## put the figures of benchmarks/results and demo-output into README.md
+	$(BIN)/python tools/figures.py
+
+# -- the virtual environment
+
+$(READY): pyproject.toml constraints.txt tools/preflight.py
+	@command -v $(PYTHON) >/dev/null || { echo "No $(PYTHON) found. Install Python 3.11 or newer, \
+	or name one: make PYTHON=/path/to/python3 ..."; exit 1; }
+	@$(PYTHON) tools/preflight.py
+	@echo "Setting up $(VENV); this happens once."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@sed 's/^torch==.*/torch==$(or $(TORCH),$(shell sed -n 's/^torch==//p' constraints.txt))/' constraints.txt \
+	    > $(VENV)/constraints.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --constraint $(VENV)/constraints.txt --editable '.[dev,demo]'
+	@touch $@
+
+$(BENCH): $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --constraint $(VENV)/constraints.txt --editable '.[bench]'
+	@touch $@
+
+clean: ## remove what the targets made
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis .import_linter_cache demo-output

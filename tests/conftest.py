@@ -1,0 +1,42 @@
+"""What every test runs under: one thread, one compiler process, hypothesis without deadlines, the seed printed."""
+
+from __future__ import annotations
+
+import os
+
+# Read when torch is first imported. A pool of compiler processes a worker would cost more than it saves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+SEED = int(os.environ.get("MEMBERWISE_SEED", "0"))
+
+# In CI the examples are the same each time; at a desk they are new, and a failure prints how to run it again.
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("desk", deadline=None, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "desk")
+
+
+def pytest_report_header() -> str:
+    """The line at the top of a run that tells how to repeat it."""
+    profile = "ci" if os.environ.get("CI") else "desk"
+    return f"torch {torch.__version__}, MEMBERWISE_SEED={SEED}, hypothesis profile {profile}"
+
+
+def pytest_configure() -> None:
+    """One thread a worker: small tensors run fastest so, and the workers share the cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Every test draws from the same state of the global generators, whatever ran before it."""
+    random.seed(SEED)
+    torch.manual_seed(SEED)
+    yield
