@@ -82,7 +82,7 @@ def _inside(tensor: torch.Tensor, batched: bool, region: Region) -> MemberTensor
         fail(EngineError, "MW204", what, do="Pass it dense, or share it (in_dims=None)")
     member = wrap(tensor, region)
     member._outside = True
-    member._base = tensor.storage_offset()
+    member._origin = tensor.storage_offset()
     return member
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 
 from memberwise._torch.dispatch import without_dispatch
 from memberwise.engine import ladder, trace
 from memberwise.engine.ambient import Region
-from memberwise.engine.layout import promote, settle
+from memberwise.engine.layout import promote, relatives, settle
 from memberwise.engine.operation import Operation, describe
 from memberwise.engine.signals import Decline, part_ways
 from memberwise.engine.tensor import MemberTensor, wrap, wrap_contiguous, wrap_unbatched, wrap_view
@@ -21,7 +22,8 @@ from memberwise.engine.tensor import MemberTensor, wrap, wrap_contiguous, wrap_u
 
 def on_dispatch(func: Any, args: Any, kwargs: Any, region: Region | None = None) -> Any:
     """Entry from `__torch_dispatch__`: of a region's mode (all operations inside), or of a member tensor."""
-    func = _MATERIAL.get(func, func)
+    if func in _MATERIAL and isinstance((*args, None)[0], torch.Tensor | list):
+        func = _MATERIAL[func]
     op = describe(func)
     if op.quick and not kwargs and trace.active is None:
         out = _quick(op, args, region)
@@ -82,6 +84,8 @@ def _wrap_views(out: Any, source: MemberTensor) -> Any:
 def _move_in_place(func: Any, args: Any, kwargs: dict[str, Any], region: Region | None) -> Any:
     """`squeeze_` and its kin: the view that the plain operation gives, taken over by the same object."""
     member = args[0]
+    if len(relatives(member)) > 1:
+        part_ways(member._region, f"{func} changes the shape of a tensor that has views")
     packet = getattr(torch.ops.aten, func._schema.name.removeprefix("aten::")[:-1])
     moved = on_dispatch(getattr(packet, func._overloadname), args, kwargs, region)
     member._inner, member._differs = moved._inner, False
@@ -193,6 +197,8 @@ class Call:
         if not self.batched and not draws:
             return self._wrap_equal(self._record("shared", op.func, *self.values, **self.kwargs))
         out, dims, path = ladder.descend(op, region, self.values, self.dims, self.kwargs)
+        if op.written:
+            self._count_writes()
         if op.returned:
             return self._give_back()
         if path != "rule" and not op.is_view:
@@ -248,6 +254,13 @@ class Call:
 
     def _refuse_shared_write(self, region: Region) -> None:
         part_ways(region, f"{self.op.name} writes a member's value into a tensor that all members share")
+
+    def _count_writes(self) -> None:
+        """Alone, `_foreach_add_` counts each tensor's version in the operations it is made of; here, nobody would."""
+        for place in self.op.written:
+            target = self._argument(place)
+            if isinstance(target, list | tuple):
+                increment_version([tensor for tensor in target if tensor is not None])
 
     def _give_back(self) -> Any:
         """Return the written arguments themselves, as an in-place operation does."""

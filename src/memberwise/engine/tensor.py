@@ -29,7 +29,7 @@ class MemberTensor(torch.Tensor):
         _differs: whether one member's slice of `_inner` lies in another order than declared (contiguous).
         _outside: whether its memory was there before the call: writes are undone on retreat.
         _family: all member tensors on the same memory, while that memory may have to be replaced.
-        _base: storage offset of `_inner` at which the member's own storage begins.
+        _origin: storage offset of `_inner` at which the member's own storage begins.
     """
 
     _inner: torch.Tensor
@@ -38,7 +38,7 @@ class MemberTensor(torch.Tensor):
     _differs = False
     _outside = False
     _family: list[Any] | None = None
-    _base = 0
+    _origin = 0
 
     # Set by `memberwise.engine.dispatch`, which imports this module (as `engine.function` sets __torch_function__).
     _on_dispatch: Callable[..., Any]
@@ -91,7 +91,7 @@ def _refuse_layout(inner: torch.Tensor, region: Region) -> None:
 def wrap_view(inner: torch.Tensor, source: MemberTensor) -> MemberTensor:
     """The member tensor of a view of `source._inner`: same memory, same fate."""
     batched = source._batched
-    offset = inner.storage_offset() - source._base
+    offset = inner.storage_offset() - source._origin
     out = make_wrapper(
         type(source),
         inner.shape[1:] if batched else inner.shape,
@@ -108,8 +108,8 @@ def wrap_view(inner: torch.Tensor, source: MemberTensor) -> MemberTensor:
         out._batched = False
     if source._outside:
         out._outside = True
-    if source._base:
-        out._base = source._base
+    if source._origin:
+        out._origin = source._origin
     if source._family is not None:
         _join(out, source._family)
     return out
@@ -135,7 +135,7 @@ def wrap_unbatched(inner: torch.Tensor, region: Region, *, outside: bool = False
     out._inner = inner
     out._region = region
     out._batched = False
-    out._base = inner.storage_offset()
+    out._origin = inner.storage_offset()
     if outside:
         out._outside = True
     else:
