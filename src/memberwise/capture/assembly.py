@@ -11,7 +11,7 @@ from memberwise.capture.arguments import Arguments
 from memberwise.capture.draws import Draw
 from memberwise.capture.guards import Change, Guards
 from memberwise.capture.places import Grad, Place
-from memberwise.capture.program import Input, Output, Program, Setting
+from memberwise.capture.program import Input, Output, Program, Setting, hooks_on
 from memberwise.capture.reach import PLAIN, Reach
 from memberwise.capture.record import Recorder
 from memberwise.capture.refusals import Refusal
@@ -38,6 +38,7 @@ class Before:
         leaves = {id(t): (label, t) for label, t in [*labelled, *reach.leaves] if t.requires_grad and t.is_leaf}
         self.leaves = [tensor for _, tensor in leaves.values()]
         self.labels = [label for label, _ in leaves.values()]
+        self.hooks = hooks_on(self.leaves)
         self.grads = [tensor.grad for tensor in self.leaves]
 
 
@@ -99,6 +100,7 @@ class Assembly:
             optimizers=before.reach.optimizers,
             leaves=before.leaves,
             filled=[grad is not None for grad in before.grads],
+            hooks=before.hooks,
             arguments=before.arguments,
             written=self.recorder.written,
             setting=before.setting,
@@ -179,6 +181,8 @@ class Assembly:
         self.moving.append((index, places[0]))
 
     def _store_grads(self) -> None:
+        if hooks_on(self.before.leaves) != self.before.hooks:
+            raise Refused("python-state", "a hook was put on a tensor")
         rows = zip(self.before.leaves, self.before.labels, self.before.grads, strict=True)
         for leaf, label, grad in rows:
             if leaf.grad is grad:

@@ -101,7 +101,7 @@ def host_states(streams: Iterable[Any]) -> list[str]:
 
 
 def _host_state(stream: Any) -> Any:
-    bits = getattr(stream, "bit_generator", None)
-    if bits is not None:
-        return bits.state
-    return stream.getstate() if hasattr(stream, "getstate") else stream.get_state()
+    for name in ("getstate", "get_state"):
+        if hasattr(stream, name):
+            return getattr(stream, name)()
+    return stream.bit_generator.state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from memberwise.capture.draws import Draw
 from memberwise.capture.guards import Change, Guards
 from memberwise.capture.places import Place
 from memberwise.trees import tree_map
+
+_hooks_of = operator.attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class Output:
@@ -39,6 +42,7 @@ class Setting(NamedTuple):
     dtype: torch.dtype
     autocast: torch.dtype
     deterministic: bool
+    threads: int
 
     @classmethod
     def now(cls) -> Setting:
@@ -48,6 +52,7 @@ class Setting(NamedTuple):
             torch.get_default_dtype(),
             torch.get_autocast_dtype("cpu"),
             torch.are_deterministic_algorithms_enabled(),
+            torch.get_num_threads(),
         )
 
 
@@ -71,6 +76,7 @@ class Program:
         optimizers: whose hyperparameters are tensors, to be brought up to date before each run.
         leaves: tensors with a `.grad`.
         filled: whether each leaf had one at the start.
+        hooks: the hooks on each leaf.
         arguments: what the step was called with.
         written: storages that the program writes to.
         setting: torch's state.
@@ -89,6 +95,7 @@ class Program:
     optimizers: list[Any]
     leaves: list[torch.Tensor]
     filled: list[bool]
+    hooks: list[Any]
     arguments: Arguments
     written: set[int]
     setting: Setting
@@ -132,6 +139,7 @@ class Program:
             self.check(*values)  # type: ignore[misc] # set by prepare()
             and all(tensors[position] is tensor for position, tensor in self.held)
             and [leaf.grad is not None for leaf in self.leaves] == self.filled
+            and list(map(_hooks_of, self.leaves)) == self.hooks
             and self._apart(values)
         )
 
@@ -178,6 +186,11 @@ class Program:
         if type(self.result) is Output:
             return outputs[self.result.index]
         return tree_map(lambda leaf: _resolve(leaf, outputs, values), self.result)
+
+
+def hooks_on(leaves: Sequence[torch.Tensor]) -> list[Any]:
+    """The hooks on each tensor, as values."""
+    return [tuple(None if held is None else dict(held) for held in _hooks_of(leaf)) for leaf in leaves]
 
 
 def _resolve(leaf: Any, outputs: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Any:

@@ -19,7 +19,7 @@ import sys
 import sysconfig
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -71,6 +71,10 @@ def without(row: Row, places: Sequence[Place]) -> Row:
     return row if len(kept) == len(row.places) else Row(_getter(kept), row.holder, tuple(kept), row.size)
 
 
+class Unfollowed:
+    """A base for objects within a step's reach that the step does not compute from."""
+
+
 class Reach:
     """All that was found from `roots`, pairs of a label and a value.
 
@@ -91,7 +95,7 @@ class Reach:
         self.tensors: list[torch.Tensor] = []
         self.leaves: list[tuple[str, torch.Tensor]] = []
         self.generators: list[torch.Generator] = []
-        self.streams: list[Any] = [random]
+        self.streams: list[Any] = [random, *([sys.modules["numpy.random"]] if "numpy.random" in sys.modules else [])]
         self.optimizers: list[Any] = []
         self.arrays: list[str] = []
         self.refusal: Refusal | None = None
@@ -166,7 +170,7 @@ class Reach:
     def _module(self, label: str, value: nn.Module) -> None:
         own = vars(value)
         skipped = _DERIVED | _MODULE_KEYS - {"training"}
-        self._entries(own, [key for key in own if key not in skipped], label)
+        self._entries(own, [key for key in own if key not in skipped], label, sized=True)
         for name in ("_parameters", "_buffers", "_modules"):
             self._entries(own[name], list(own[name]), label, sized=True)
         for name in _HOOKS:
@@ -209,8 +213,10 @@ class Reach:
     def _partial(self, label: str, value: functools.partial[Any]) -> None:
         self._pending.extend((label, part, None) for part in (value.func, value.args, value.keywords))
 
-    def _wrapper(self, label: str, value: Any) -> None:
+    def _cached_function(self, label: str, value: Any) -> None:
         self._pending.append((label, value.__wrapped__, None))
+        holder = _Cache(value)
+        self._hold(holder, [Attribute(holder, "misses", f"the cache of {label}")])
 
     def _class(self, label: str, value: type) -> None:
         """Values and functions of a class of the user's; classes of libraries do not change."""
@@ -236,6 +242,9 @@ class Reach:
 
     def _object(self, label: str, value: Any) -> None:
         if _is_opaque(type(value)):
+            return
+        if hasattr(type(value), "capture_state"):
+            self._optimizer(label, value)
             return
         own = getattr(value, "__dict__", None)
         if own is not None:
@@ -282,6 +291,17 @@ class _Prepared:
         return self.held if same else now
 
 
+class _Cache:
+    """What a function with `functools.lru_cache` has in it: nothing new, as long as it never misses."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    @property
+    def misses(self) -> int:
+        return self.function.cache_info().misses
+
+
 class _Members:
     """A set, seen as a value that is one object as long as the set holds the same."""
 
@@ -294,15 +314,6 @@ class _Members:
         return self.before if self.held == self.before else frozenset(self.held)
 
 
-@runtime_checkable
-class _Captured(Protocol):
-    """What an optimizer offers that takes part in capture."""
-
-    def capture_state(self) -> list[torch.Tensor]: ...
-    def capture_signature(self) -> Any: ...
-    def sync_hyperparameters(self) -> None: ...
-
-
 def _numpy_streams() -> tuple[type, ...]:
     try:
         from numpy.random import Generator, RandomState
@@ -312,15 +323,14 @@ def _numpy_streams() -> tuple[type, ...]:
 
 
 _FOLLOW: tuple[tuple[Any, Callable[[Reach, str, Any], None]], ...] = (
-    (_CLOSED, Reach._nothing),
+    ((Unfollowed, *_CLOSED), Reach._nothing),
     (nn.Module, Reach._module),
-    (_Captured, Reach._optimizer),
     (types.MethodType, Reach._method),
     (types.FunctionType, Reach._function),
     (functools.partial, Reach._partial),
     (type, Reach._class),
     (types.ModuleType, Reach._nothing),
-    (type(functools.lru_cache(lambda: None)), Reach._wrapper),
+    (type(functools.lru_cache(lambda: None)), Reach._cached_function),
     (Mapping, Reach._mapping),
     ((list, collections.deque), Reach._sequence),
     (tuple, Reach._tuple),

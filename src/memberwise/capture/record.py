@@ -25,6 +25,7 @@ from memberwise.generators import default_generator
 
 _aten = torch.ops.aten
 _Tag = torch.Tag
+_EXCHANGES = {_aten.set_.source_Storage, _aten.set_.source_Storage_storage_offset, _aten.set_.source_Tensor}
 _BY_VALUE = {_Tag.data_dependent_output, _Tag.dynamic_output_shape}
 _PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__
 
@@ -110,13 +111,13 @@ class Recorder(DispatchMode):
     def _refuse_read(self, func: Any, leaves: list[Any]) -> None:
         """Refuse results that depend on values, unless these are the same in each run."""
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if self._all_fixed(tensors):
+        if self._all_fixed(tensors) and func not in _EXCHANGES:
             return
         if _Tag.data_dependent_output in func.tags:
             self.refuse(Refusal("host-read", _called(self.reads, func), user_line()))
         elif _Tag.dynamic_output_shape in func.tags and not _has_known_shape(func, leaves):
             self.refuse(Refusal("dynamic-shape", _called(self.reads, func), user_line()))
-        elif _Tag.inplace_view in func.tags and self.is_input(tensors[0]):
+        elif _Tag.inplace_view in func.tags and (self.is_input(tensors[0]) or func in _EXCHANGES):
             self.refuse(Refusal("memory", f"{func} changes the shape of a tensor in place", user_line()))
 
     def is_input(self, tensor: torch.Tensor) -> bool:

@@ -18,7 +18,7 @@ REASONS: dict[str, str] = {
     "dynamic-shape": "an operation's result has a shape that depends on values",
     "host-data": "a tensor is made from data on the host, which a recording would freeze",
     "unknown-tensor": "a tensor comes from where a later call cannot look it up again",
-    "memory": "the memory or the shape of a tensor that outlives the step is exchanged",
+    "memory": "the memory or the shape of a tensor is exchanged behind its operations",
     "aliased": "two tensors share memory that the step writes to",
     "random-values": "a draw depends on values that the step computes",
     "random-state": "the step sets or moves a random stream in a way that cannot be repeated",

@@ -14,7 +14,7 @@ from memberwise.capture.assembly import Assembly, Before, Refused
 from memberwise.capture.cache import Compiled
 from memberwise.capture.draws import host_states
 from memberwise.capture.program import Program
-from memberwise.capture.reach import Reach
+from memberwise.capture.reach import Reach, Unfollowed
 from memberwise.capture.record import Recorder
 from memberwise.capture.refusals import Refusal, warn
 from memberwise.trees import tree_map
@@ -26,7 +26,7 @@ PATIENCE = 3
 """After so many refused recordings in a row, a step runs eagerly for good."""
 
 
-class CapturedStep:
+class CapturedStep(Unfollowed):
     """A step and its recordings.
 
     Attributes:
@@ -88,12 +88,13 @@ class CapturedStep:
 
     def _record(self, arguments: Arguments, args: Any, kwargs: Any) -> Any:
         """Run the step eagerly, watched; keep what was recorded if it can be replayed."""
-        reach = Reach([("step", self.step), *((type(x).__name__, x) for x in arguments.objects)])
-        if reach.refusal is not None:
-            self._refuse(reach.refusal)
+        try:
+            before = self._before(arguments)
+        except Refused as refused:
+            self._refuse(refused.refusal)
             return self.step(*args, **kwargs)
+        reach = before.reach
         self.recorded += 1
-        before = Before(reach, arguments)
         recorder = Recorder(reach.generators)
         drawn = host_states(reach.streams)
         out = recorder.watch(lambda: self.step(*args, **kwargs))
@@ -103,7 +104,21 @@ class CapturedStep:
             self._keep(Assembly(before, recorder).program(out))
         except Refused as refused:
             self._refuse(refused.refusal)
+        except Exception as error:  # the step has run; it must not fail for being watched
+            self._refuse(Refusal("internal", repr(error)))
         return tree_map(_detached, out)
+
+    def _before(self, arguments: Arguments) -> Before:
+        """What there is to know before the step runs; raises `Refused`."""
+        roots = [("step", self.step), *((type(x).__name__, x) for x in arguments.objects)]
+        try:
+            reach = Reach(roots)
+            before = Before(reach, arguments)
+        except Exception as error:  # objects of users may answer anything
+            raise Refused("internal", repr(error)) from error
+        if reach.refusal is not None:
+            raise Refused(*reach.refusal)
+        return before
 
     def _keep(self, program: Program) -> None:
         self._refused_in_a_row = 0
