@@ -1,28 +1,19 @@
 """One row of the table, measured: start every rival, check it, then time them all against each other.
 
-`in_own_process` is how the command runs it: thread counts, compilers' caches and crashes of one row do not
-reach another. What a row comes to is a dict as `schema.ROW` describes, or `Red`.
+What a row comes to is a dict as `schema.ROW` describes, or `Red`.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 
 from benchmarks import limits, schema, timing, verify
 from benchmarks.case import Batch, Case
 from benchmarks.cases import CASES
-from benchmarks.machine import ROOT
 from benchmarks.rival import Rival, Running
 from benchmarks.rivals import RIVALS
 
@@ -48,6 +39,11 @@ class Request:
     def name(self) -> str:
         return f"{self.case}-{self.members}"
 
+    @property
+    def longest_s(self) -> float:
+        """What measuring takes at the very most; beyond it something hangs."""
+        return 60 + 2 * len(self.rivals) * (self.start_s + self.pace.budget_s)
+
 
 @dataclass
 class Started:
@@ -60,15 +56,13 @@ class Started:
     start_s: float | None = None
 
 
-def measure(
-    request: Request, cases: Mapping[str, Case] = CASES, rivals: Mapping[str, Rival] = RIVALS
-) -> dict[str, object]:
+def measure(request: Request) -> dict[str, object]:
     """The row, in this process. Raises `Red`, before any timing, if any rival is wrong."""
     torch.set_num_threads(request.threads)
     torch.set_flush_denormal(True)  # Adam's moments of a dead unit decay to denormals, slow on some processors
-    case = cases[request.case]
+    case = CASES[request.case]
     batches = case.batches(request.members, request.check_steps)
-    started = start_all(request, case, [rivals[name] for name in request.rivals], batches)
+    started = start_all(request, case, [RIVALS[name] for name in request.rivals], batches)
     steps = {
         each.rival.name: lambda number, step=each.running.step: step(batches[number % len(batches)])
         for each in started
@@ -161,33 +155,3 @@ def figure(each: Started, samples: list[float], pace: timing.Pace) -> dict[str, 
         "samples_us": microseconds,
         "us": schema.of_samples(microseconds),
     }
-
-
-def in_own_process(request: Request) -> dict[str, object]:
-    """`measure` in a process of its own, with as many threads as asked for from its first moment."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder, "row.json")
-        command = (sys.executable, "-W", "ignore", "-m", "benchmarks.row", json.dumps(asdict(request)), str(answer))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(request.threads)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
-        if not answer.exists():
-            raise Red(f"{request.name}, {request.threads} threads: its process ended with code {done.returncode}")
-        told = json.loads(answer.read_text())
-    if "red" in told:
-        raise Red(told["red"])
-    return told
-
-
-def main(asked: str, answer: str) -> None:
-    """The other end of `in_own_process`."""
-    told = json.loads(asked)
-    request = Request(**{**told, "pace": timing.Pace(**told["pace"]), "rivals": tuple(told["rivals"])})
-    try:
-        row = measure(request)
-    except Red as red:
-        row = {"red": str(red)}
-    Path(answer).write_text(json.dumps(row))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

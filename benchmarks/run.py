@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine, row, schema, summary, timing
+from benchmarks import machine, row, schema, summary, timing, worker
 from benchmarks.cases import CASES
 from benchmarks.rivals import RIVALS
 
@@ -114,7 +114,7 @@ def show(document: dict[str, Any], console: Console) -> None:
     console.print(summary.origin(document), *summary.notes(document), sep="\n", highlight=False, soft_wrap=True)
 
 
-def main(argv: list[str] | None = None, measure: Measure = row.in_own_process) -> None:
+def main(argv: list[str] | None = None, measure: Measure = worker.measure) -> None:
     """Measure, print, write; ends with code 1, and writes nothing, if any check was red."""
     options, console = options_of(argv), Console()
     before = machine.machine()

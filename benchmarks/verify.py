@@ -57,18 +57,24 @@ def of_running(running: Running, batches: list[Batch]) -> Trajectory:
 
 
 def exactly(found: Trajectory, expected: Trajectory) -> list[str]:
-    """Every difference beyond the tolerance of its dtype in any element; empty if there is none."""
-    return _report(found, expected, torch.abs)
+    """Every tensor with a difference beyond the tolerance of its dtype in any element; empty if there is none."""
+    return _report(found, expected, _of_elements)
 
 
 def in_norm(found: Trajectory, expected: Trajectory) -> list[str]:
     """The same, with a member's tensor taken as a whole, by its root mean square."""
-    return _report(found, expected, _rms_of_members)
+    return _report(found, expected, _of_members)
 
 
-def _rms_of_members(value: Tensor) -> Tensor:
-    """(M, ...) -> (M,), except integers, which must be equal one by one."""
-    return value.flatten(1).square().mean(1).sqrt() if value.is_floating_point() and value.ndim > 1 else value.abs()
+def _of_elements(value: Tensor) -> Tensor:
+    """(M, ...) -> (M, elements)."""
+    return value.abs().reshape(len(value), -1)
+
+
+def _of_members(value: Tensor) -> Tensor:
+    """(M, ...) -> (M, 1), the root mean square; integers stay as they are, for they must be equal."""
+    elements = _of_elements(value)
+    return elements.square().mean(1, keepdim=True).sqrt() if value.is_floating_point() else elements
 
 
 def _report(found: Trajectory, expected: Trajectory, size: Callable[[Tensor], Tensor]) -> list[str]:
@@ -78,28 +84,29 @@ def _report(found: Trajectory, expected: Trajectory, size: Callable[[Tensor], Te
 
 
 def _differences(found: Trajectory, expected: Trajectory, size: Callable[[Tensor], Tensor]) -> Iterator[str]:
+    """The first step whose losses are wrong, then every tensor that is."""
     for step, (mine, alone) in enumerate(zip(found.losses, expected.losses, strict=True)):
-        yield from _of_tensor(f"loss of step {step}", mine, alone, torch.abs)
-    if missing := expected.state.keys() ^ found.state.keys():
-        yield f"parameters or buffers on one side only: {', '.join(sorted(missing))}"
-    for name in expected.state.keys() & found.state.keys():
-        yield from _of_tensor(name, found.state[name], expected.state[name], size)
+        if line := _of_tensor(f"loss of step {step}", mine, alone, _of_elements):
+            yield line
+            break
+    if unmatched := expected.state.keys() ^ found.state.keys():
+        yield f"parameters or buffers on one side only: {', '.join(sorted(unmatched))}"
+    for name, alone in expected.state.items():
+        if name in found.state and (line := _of_tensor(name, found.state[name], alone, size)):
+            yield line
 
 
-def _of_tensor(name: str, mine: Tensor, alone: Tensor, size: Callable[[Tensor], Tensor]) -> Iterator[str]:
-    """One line for each member whose part of the tensor lies further off than the table allows."""
+def _of_tensor(name: str, mine: Tensor, alone: Tensor, size: Callable[[Tensor], Tensor]) -> str | None:
+    """Which members' parts of a tensor, (M, ...), lie further off than the table allows, in one line."""
     if (mine.shape, mine.dtype) != (alone.shape, alone.dtype):
-        yield f"{name}: {tuple(mine.shape)} {mine.dtype} where the loop has {tuple(alone.shape)} {alone.dtype}"
-        return
+        return f"{name}: {tuple(mine.shape)} {mine.dtype} where the loop has {tuple(alone.shape)} {alone.dtype}"
     rtol, atol = tolerance(alone.dtype)
-    off = size(mine - alone)
-    allowed = atol + rtol * size(alone)
+    off, allowed = size(mine - alone), atol + rtol * size(alone)
     wrong = ~(off <= allowed)  # so written, NaN is wrong
-    for member in (
-        wrong.flatten(1).any(1).nonzero().flatten().tolist() if wrong.ndim > 1 else wrong.nonzero().flatten().tolist()
-    ):
-        worst = (off[member] - allowed[member]).argmax()
-        yield (
-            f"{name}, member {member}: off by {off[member].flatten()[worst].item():.3g}, "
-            f"allowed {float(allowed[member].flatten()[worst]):.3g}"
-        )
+    if not wrong.any():
+        return None
+    member, element = divmod(int((off - allowed).nan_to_num(torch.inf).argmax()), off.shape[1])
+    return (
+        f"{name}: {int(wrong.any(1).sum())} of {len(off)} members wrong, most of all member {member}, "
+        f"off by {off[member, element].item():.3g} where {allowed[member, element].item():.3g} is allowed"
+    )

@@ -1,0 +1,49 @@
+"""A row in a process of its own: its thread count, compiler caches and crashes do not reach another row."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks import row, timing
+from benchmarks.machine import ROOT
+
+
+def measure(request: row.Request) -> dict[str, Any]:
+    """`row.measure` there, with as many threads as asked for from the first moment. Raises `row.Red`."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, "row.json")
+        command = (sys.executable, "-W", "ignore", "-m", "benchmarks.worker", json.dumps(asdict(request)), str(answer))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(request.threads)}
+        where = f"{request.name}, {request.threads} threads"
+        try:
+            done = subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=request.longest_s)
+        except subprocess.TimeoutExpired:
+            raise row.Red(f"{where}: its process hung for {request.longest_s:g} s") from None
+        if not answer.exists():
+            raise row.Red(f"{where}: its process ended with code {done.returncode}")
+        told = json.loads(answer.read_text())
+    if "red" in told:
+        raise row.Red(told["red"])
+    return told
+
+
+def main(asked: str, answer: str) -> None:
+    """The other end: the request as JSON, and the file that takes the row."""
+    told = json.loads(asked)
+    request = row.Request(**{**told, "pace": timing.Pace(**told["pace"]), "rivals": tuple(told["rivals"])})
+    try:
+        measured = row.measure(request)
+    except row.Red as red:
+        measured = {"red": str(red)}
+    Path(answer).write_text(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
