@@ -10,7 +10,7 @@ from torch import fx
 from memberwise.capture.arguments import Arguments
 from memberwise.capture.draws import Draw
 from memberwise.capture.guards import Change, Guards
-from memberwise.capture.places import Grad, Place
+from memberwise.capture.places import Place
 from memberwise.capture.program import Input, Output, Program, Setting, hooks_on
 from memberwise.capture.reach import PLAIN, Reach
 from memberwise.capture.record import Recorder
@@ -34,12 +34,11 @@ class Before:
         self.arguments = arguments
         self.setting = Setting.now()
         self.guards = Guards(reach.rows)
-        labelled = [(f"argument {k}", t) for k, t in enumerate(arguments.tensors)]
-        leaves = {id(t): (label, t) for label, t in [*labelled, *reach.leaves] if t.requires_grad and t.is_leaf}
-        self.leaves = [tensor for _, tensor in leaves.values()]
-        self.labels = [label for label, _ in leaves.values()]
+        self.tensors = list({id(tensor): tensor for tensor in (*arguments.tensors, *reach.tensors)}.values())
+        self.required = [tensor.requires_grad for tensor in self.tensors]
+        self.leaves = [tensor for tensor in self.tensors if tensor.requires_grad and tensor.is_leaf]
         self.hooks = hooks_on(self.leaves)
-        self.grads = [tensor.grad for tensor in self.leaves]
+        self.grads = [leaf.grad for leaf in self.leaves]
 
 
 class Assembly:
@@ -54,14 +53,12 @@ class Assembly:
         self.moving: list[tuple[int, Place]] = []
         self.draws: list[tuple[int, Draw]] = []
         self.pinned: dict[int, tuple[int, list[Place]]] = {}
-        self.stores: list[tuple[Place, int | None]] = []
+        self.stores: list[tuple[Place, int]] = []
+        self.grads_in: list[tuple[int, torch.Tensor]] = []
+        self.grads_out: list[tuple[int, int | None]] = []
         self._index: dict[int, int] = {}
         self._positions = {id(t): k for k, t in reversed(list(enumerate(before.arguments.tensors)))}
-        self._grads = {
-            id(grad): Grad(leaf, label)
-            for leaf, label, grad in zip(before.leaves, before.labels, before.grads, strict=True)
-            if grad is not None
-        }
+        self._owners = {id(grad): leaf for leaf, grad in zip(before.leaves, before.grads, strict=True)}
 
     def program(self, out: Any) -> Program:
         """The program of a step that returned `out`; raises `Refused`."""
@@ -74,7 +71,7 @@ class Assembly:
         self._store_changes()
         self._store_grads()
         result = tree_map(self._returned, out)
-        for tensor in (*self.before.arguments.tensors, *self.before.reach.tensors):
+        for tensor in self.before.tensors:
             self._value(tensor)
         self.recorder.graph.output(tuple(self.outputs))
         graph = fx.GraphModule(self.recorder.constants, self.recorder.graph)
@@ -98,7 +95,9 @@ class Assembly:
             guards=before.guards.without(stored),
             pinned=self.pinned,
             optimizers=before.reach.optimizers,
-            leaves=before.leaves,
+            leaves=[self._index[id(leaf)] for leaf in before.leaves],
+            grads_in=[(index, self._index[id(leaf)]) for index, leaf in self.grads_in],
+            grads_out=self.grads_out,
             filled=[grad is not None for grad in before.grads],
             hooks=before.hooks,
             arguments=before.arguments,
@@ -135,18 +134,18 @@ class Assembly:
         key = id(tensor)
         if key in self._index:
             return self._index[key]
-        index = len(self.values)
+        index = self._index[key] = len(self.values)
+        self.values.append(_plain(tensor))
         places = self.before.reach.places.get(key)
         if places is not None:
             self.pinned[key] = index, places
         elif key in self._positions:
             self.given.append((index, self._positions[key]))
-        elif key in self._grads:
-            self.moving.append((index, self._grads[key]))
+        elif key in self._owners:
+            self.grads_in.append((index, self._owners[key]))
         else:
+            del self._index[key], self.values[index]
             return None
-        self.values.append(_plain(tensor))
-        self._index[key] = index
         return index
 
     def _output(self, tensor: torch.Tensor, what: str) -> int:
@@ -181,19 +180,24 @@ class Assembly:
         self.moving.append((index, places[0]))
 
     def _store_grads(self) -> None:
-        if hooks_on(self.before.leaves) != self.before.hooks:
+        before = self.before
+        if hooks_on(before.leaves) != before.hooks:
             raise Refused("python-state", "a hook was put on a tensor")
-        rows = zip(self.before.leaves, self.before.labels, self.before.grads, strict=True)
-        for leaf, label, grad in rows:
-            if leaf.grad is grad:
-                continue
-            place = Grad(leaf, label)
-            if leaf.grad is None:
-                self.stores.append((place, None))
-            elif self.recorder.is_input(leaf.grad):
-                raise Refused("unknown-tensor", place.label)
-            else:
-                self.stores.append((place, self._output(leaf.grad, place.label)))
+        if [tensor.requires_grad for tensor in before.tensors] != before.required:
+            raise Refused("python-state", "requires_grad of a tensor was changed")
+        for leaf, grad in zip(before.leaves, before.grads, strict=True):
+            if leaf.grad is None and grad is not None:
+                self.grads_out.append((self._position(leaf), None))
+            elif leaf.grad is not grad and leaf.grad is not None:
+                if self.recorder.is_input(leaf.grad):
+                    raise Refused("unknown-tensor", f"the gradient of a leaf, of shape {tuple(leaf.shape)}")
+                output = self._output(leaf.grad, f"the gradient of a leaf, of shape {tuple(leaf.shape)}")
+                self.grads_out.append((self._position(leaf), output))
+
+    def _position(self, tensor: torch.Tensor) -> int:
+        index = self._value(tensor)
+        assert index is not None, "leaves are among the arguments or within reach"
+        return index
 
     def _returned(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -210,7 +214,11 @@ class Assembly:
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory without a subclass that the compiler does not know."""
-    return tensor if type(tensor) in (torch.Tensor, torch.nn.Parameter) else tensor.as_subclass(torch.Tensor)
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return tensor
+    if tensor.requires_grad:
+        raise Refused("internal", f"a {type(tensor).__name__} that requires grad")
+    return tensor.as_subclass(torch.Tensor)
 
 
 def _is_spent(tensor: torch.Tensor) -> bool:

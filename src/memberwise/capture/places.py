@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 
 class Place:
     """A place that holds a value. `label` is how a reader would write it."""
@@ -48,18 +46,3 @@ class Attribute(Place):
 
     def write(self, value: Any) -> None:
         setattr(self.owner, self.key, value)
-
-
-class Grad(Place):
-    """`owner.grad` of a leaf tensor."""
-
-    __slots__ = ()
-
-    def __init__(self, tensor: torch.Tensor, label: str) -> None:
-        super().__init__(tensor, "grad", f"{label}.grad")
-
-    def read(self) -> Any:
-        return self.owner.grad
-
-    def write(self, value: Any) -> None:
-        self.owner.grad = value

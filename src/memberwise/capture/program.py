@@ -69,12 +69,14 @@ class Program:
         held: `(tensor argument, tensor)`: arguments that must be this very tensor.
         moving: `(value, place)` of tensors looked up at each call.
         draws: `(value, draw)` in the order of drawing.
-        stores: `(place, output)` of tensors that the step leaves in a place; None as output empties it.
+        stores: `(place, output)` of tensors that the step leaves in a place.
+        grads_in: `(value, leaf)`: values that are the gradient of a value.
+        grads_out: `(leaf, output)`: gradients that the step leaves; None as output takes one away.
         result: the returned structure, with `Output` and `Input` in the tensors' places.
         guards: the Python values that are taken for granted.
         pinned: by `id`, the value that a tensor is, and all places that hold it.
         optimizers: whose hyperparameters are tensors, to be brought up to date before each run.
-        leaves: tensors with a `.grad`.
+        leaves: the values that have a `.grad`.
         filled: whether each leaf had one at the start.
         hooks: the hooks on each leaf.
         arguments: what the step was called with.
@@ -88,12 +90,14 @@ class Program:
     held: list[tuple[int, torch.Tensor]]
     moving: list[tuple[int, Place]]
     draws: list[tuple[int, Draw]]
-    stores: list[tuple[Place, int | None]]
+    stores: list[tuple[Place, int]]
+    grads_in: list[tuple[int, int]]
+    grads_out: list[tuple[int, int | None]]
     result: Any
     guards: Guards
     pinned: dict[int, tuple[int, list[Place]]]
     optimizers: list[Any]
-    leaves: list[torch.Tensor]
+    leaves: list[int]
     filled: list[bool]
     hooks: list[Any]
     arguments: Arguments
@@ -106,7 +110,7 @@ class Program:
 
     def prepare(self) -> None:
         """Derive what `match` compares."""
-        changing = {index for index, _ in (*self.given, *self.moving, *self.draws)}
+        changing = {index for index, _ in (*self.given, *self.moving, *self.grads_in, *self.draws)}
         stays = [value for index, value in enumerate(self.values) if index not in changing]
         self.fixed_written = {_storage(value) for value in stays} & self.written
         self.check = tensor_check(self.values)
@@ -123,6 +127,8 @@ class Program:
             values[index] = tensors[position]
         for index, place in self.moving:
             values[index] = place.read()
+        for index, leaf in self.grads_in:
+            values[index] = values[leaf].grad  # type: ignore[assignment] # None does not pass the check
         return values if self._fits(values, tensors) else None
 
     def mismatch(self, arguments: Arguments) -> str:
@@ -135,11 +141,13 @@ class Program:
         return changes[0].what if changes else "a tensor is of another kind, or a gradient is there that was not"
 
     def _fits(self, values: list[torch.Tensor], tensors: list[torch.Tensor]) -> bool:
+        if not self.check(*values):  # type: ignore[misc] # set by prepare()
+            return False
+        leaves = [values[index] for index in self.leaves]
         return (
-            self.check(*values)  # type: ignore[misc] # set by prepare()
-            and all(tensors[position] is tensor for position, tensor in self.held)
-            and [leaf.grad is not None for leaf in self.leaves] == self.filled
-            and list(map(_hooks_of, self.leaves)) == self.hooks
+            all(tensors[position] is tensor for position, tensor in self.held)
+            and [leaf.grad is not None for leaf in leaves] == self.filled
+            and list(map(_hooks_of, leaves)) == self.hooks
             and self._apart(values)
         )
 
@@ -147,7 +155,7 @@ class Program:
         """Whether the tensors that change from call to call share no memory that is written to."""
         if not self.written:
             return True
-        storages = [_storage(values[index]) for index, _ in (*self.given, *self.moving)]
+        storages = [_storage(values[index]) for index, _ in (*self.given, *self.moving, *self.grads_in)]
         return self.fixed_written.isdisjoint(storages) and len(set(storages)) == len(storages)
 
     def _settle(self) -> bool:
@@ -182,7 +190,9 @@ class Program:
         with torch.no_grad():
             outputs = self.run(*values[: self.count])  # type: ignore[misc] # compiled by the caller
         for place, output in self.stores:
-            place.write(None if output is None else outputs[output])
+            place.write(outputs[output])
+        for leaf, output in self.grads_out:
+            values[leaf].grad = None if output is None else outputs[output]
         if type(self.result) is Output:
             return outputs[self.result.index]
         return tree_map(lambda leaf: _resolve(leaf, outputs, values), self.result)

@@ -81,7 +81,7 @@ class Reach:
     Attributes:
         rows: every value that is watched.
         places: where each tensor met is held, by `id`.
-        leaves: tensors whose `.grad` a backward may fill, with their labels.
+        tensors: the tensors met.
         generators: random streams of torch met.
         streams: random streams of Python and NumPy met.
         optimizers: objects that prepare themselves for capture.
@@ -93,7 +93,6 @@ class Reach:
         self.rows: list[Row] = []
         self.places: dict[int, list[Place]] = {}
         self.tensors: list[torch.Tensor] = []
-        self.leaves: list[tuple[str, torch.Tensor]] = []
         self.generators: list[torch.Generator] = []
         self.streams: list[Any] = [random, *([sys.modules["numpy.random"]] if "numpy.random" in sys.modules else [])]
         self.optimizers: list[Any] = []
@@ -150,8 +149,6 @@ class Reach:
             return
         self._seen[id(tensor)] = tensor
         self.tensors.append(tensor)
-        if tensor.requires_grad and tensor.is_leaf:
-            self.leaves.append((label, tensor))
 
     def _mapping(self, label: str, value: Mapping[Any, Any]) -> None:
         self._items(value, list(value), label, sized=True)
