@@ -196,13 +196,15 @@ class Call:
             self._before_write(self.batched or draws)
         if not self.batched and not draws:
             return self._wrap_equal(self._record("shared", op.func, *self.values, **self.kwargs))
+        if self.differs and op.rule is None:
+            self._settle_all()
         out, dims, path = ladder.descend(op, region, self.values, self.dims, self.kwargs)
         if op.written:
             self._count_writes()
         if op.returned:
             return self._give_back()
-        if path != "rule" and not op.is_view:
-            self.differs = True  # torch's batching may leave a member's part in another order than the lone one
+        if path != "rule":
+            self.differs = False  # brought into the lone result's order already
         return self._wrap(out, dims)
 
     def _record(self, path: str, func: Any, *values: Any, **kwargs: Any) -> Any:
@@ -254,6 +256,13 @@ class Call:
 
     def _refuse_shared_write(self, region: Region) -> None:
         part_ways(region, f"{self.op.name} writes a member's value into a tensor that all members share")
+
+    def _settle_all(self) -> None:
+        """Without a rule, the memory order of the result follows from that of the arguments."""
+        for arg in _flat(self.args):
+            if type(arg) is self.tensor_class:
+                settle(arg)
+        self.unwrap_again()
 
     def _count_writes(self) -> None:
         """Alone, `_foreach_add_` counts each tensor's version in the operations it is made of; here, nobody would."""

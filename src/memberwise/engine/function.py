@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.nn import functional as F
+
 from memberwise._torch.dispatch import DisableTorchFunctionSubclass
 from memberwise.engine.host import HOST
+from memberwise.engine.retreat import function_by_members
 from memberwise.engine.signals import Decline
 from memberwise.engine.tensor import MemberTensor
 from memberwise.rules.registry import composite_for
@@ -19,7 +22,16 @@ def on_function(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = N
             out = rule(*args, **kwargs) if kwargs else rule(*args)
             if type(out) is not Decline:
                 return out
+        reason = BY_MEMBERS.get(func)
+        if reason is not None:
+            return function_by_members(func, reason, args, kwargs or {})
         return func(*args, **kwargs) if kwargs else func(*args)
+
+
+BY_MEMBERS: dict[Any, str] = {
+    F.linear_cross_entropy: "its backward writes gradients into plain tensors that it makes itself",
+}
+"""Functions whose backward formula cannot see member tensors, and why: each member runs them alone."""
 
 
 MemberTensor.__torch_function__ = classmethod(on_function)  # type: ignore[assignment] # one call less an operation

@@ -9,6 +9,7 @@ import torch
 from memberwise._torch.functorch import Unbatchable, batch
 from memberwise.engine import draws, trace
 from memberwise.engine.ambient import Region
+from memberwise.engine.layout import lone_strides, relaid
 from memberwise.engine.operation import Operation
 from memberwise.engine.signals import Decline, part_ways
 from memberwise.engine.slices import member_slice, stack_results
@@ -46,6 +47,8 @@ def _without_rule(
         )
     try:
         out = batch(op.func, dims, values, kwargs, region.batch_size, region.randomness)
+        if not op.is_view and not op.returned:
+            out = _as_alone(op, out, values, dims, kwargs)
         return (out, 0), "vmap", reason
     except Unbatchable:
         why = reason or "torch has no batching rule for it"
@@ -55,6 +58,28 @@ def _without_rule(
             "Register a rule for it with memberwise.register_rule",
         )
         return by_member(op, region, values, dims, kwargs), "loop", why
+
+
+def _as_alone(op: Operation, out: Any, values: Any, dims: Any, kwargs: Any) -> Any:
+    """torch's batching may leave a member's part in another memory order than the lone result's."""
+    if _is_contiguous(out) and all(_is_contiguous(value) for value in values):
+        return out
+    return _relaid(out, lone_strides(op.func, values, dims, kwargs))
+
+
+def _is_contiguous(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_contiguous, value))
+    return not isinstance(value, torch.Tensor) or value.is_contiguous()
+
+
+def _relaid(out: Any, strides: Any) -> Any:
+    if isinstance(out, list | tuple):
+        known = strides if isinstance(strides, list) else [None] * len(out)
+        return type(out)(_relaid(entry, own) for entry, own in zip(out, known, strict=True))
+    if not isinstance(out, torch.Tensor):
+        return out
+    return out.contiguous() if strides is None else relaid(out, tuple(strides))
 
 
 def by_member(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from memberwise.engine.layout import relaid
 from memberwise.engine.signals import part_ways
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def stack_results(outs: list[Any], op: Operation, region: Region) -> Any:
     if isinstance(first, torch.Tensor):
         if any(out.shape != first.shape for out in outs):
             part_ways(region, f"{op.name} gives the members results of different shapes")
-        return torch.stack(outs)
+        return relaid(torch.stack(outs), first.stride())
     if isinstance(first, list | tuple):
         return type(first)(stack_results(list(column), op, region) for column in zip(*outs, strict=True))
     if any(out != first for out in outs):

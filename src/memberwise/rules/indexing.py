@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from memberwise.engine.signals import Decline
-from memberwise.rules.axis import expanded, shifted
+from memberwise.rules.axis import aligned, expanded, shifted
 from memberwise.rules.registry import register_rule
 
 _aten = torch.ops.aten
@@ -27,6 +27,19 @@ def _index_fill(info: Any, in_dims: Any, x: torch.Tensor, dim: int, index: torch
 
 
 register_rule(_aten.index_fill.int_Tensor, _index_fill)
+
+
+@register_rule(_aten.masked_fill.Tensor)
+def masked_fill(info: Any, in_dims: Any, x: torch.Tensor, mask: torch.Tensor, value: torch.Tensor) -> Any:
+    """A member's value is 0-d, and stays so beside its neighbours: `where` broadcasts it."""
+    x, mask, value = aligned((x, mask, value), in_dims)
+    return torch.where(mask, value.to(x.dtype), x), 0
+
+
+@register_rule(_aten.masked_fill_.Tensor)
+def masked_fill_(info: Any, in_dims: Any, x: torch.Tensor, mask: torch.Tensor, value: torch.Tensor) -> Any:
+    """As `masked_fill`."""
+    return x.copy_(masked_fill(info, in_dims, x, mask, value)[0]), 0
 
 
 @register_rule(_aten.index_fill_.int_Tensor)

@@ -42,6 +42,7 @@ _masked_scale
 """)
 
 _SKIPPED = {"copy_", "fill_"}
+_ELSEWHERE = {_aten.masked_fill.Tensor, _aten.masked_fill_.Tensor}
 
 
 def _is_servable(overload: Any) -> bool:
@@ -53,9 +54,19 @@ def _is_servable(overload: Any) -> bool:
 
 def _unary(call: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs and kwargs.get("memory_format") in _CHANNELS_LAST:
+            return _in_channels_last(call, *args, **kwargs), 0
         return call(*args, **kwargs), 0
 
     return rule
+
+
+_CHANNELS_LAST = (torch.channels_last, torch.channels_last_3d)
+
+
+def _in_channels_last(call: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The format counts dimensions: members join the batch for it."""
+    return call(x.flatten(0, 1), *args, **kwargs).unflatten(0, x.shape[:2])
 
 
 def _broadcasting(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,7 +109,7 @@ def _register(names: list[str], make: Callable[[Callable[..., Any]], Callable[..
                 continue
             for overload_name in packet.overloads():
                 overload = getattr(packet, overload_name)
-                if overload in RULES or not (_is_servable(overload) or _in_place(overload)):
+                if overload in RULES or overload in _ELSEWHERE or not (_is_servable(overload) or _in_place(overload)):
                     continue
                 call = _quick(overload, name) if variant in _BINDINGS else overload
                 register_rule(overload, make(call))

@@ -162,6 +162,23 @@ def new_empty_strided(info: Any, in_dims: Any, x: torch.Tensor, size: Any, strid
     return flat.as_strided((info.batch_size, *size), (extent, *stride)), 0
 
 
+@register_rule(_aten.as_strided_scatter.default)
+def as_strided_scatter(
+    info: Any, in_dims: Any, x: torch.Tensor, src: torch.Tensor, size: Any, stride: Any, offset: Any = None
+) -> Any:
+    """torch's batching strides over the members' memory as if it were one member's: silently wrong."""
+    x = expanded(x, in_dims[0], info.batch_size)
+    out = torch.empty_strided(x.shape, (_extent(x), *x.stride()[1:]), dtype=x.dtype, device=x.device).copy_(x)
+    start = x.storage_offset() % max(x.stride(0), 1) if offset is None else offset
+    out.as_strided((x.shape[0], *size), (out.stride(0), *stride), start).copy_(src)
+    return out, 0
+
+
+def _extent(x: torch.Tensor) -> int:
+    """Elements from one member's first to its last."""
+    return 1 + sum((n - 1) * step for n, step in zip(x.shape[1:], x.stride()[1:], strict=True)) if x.numel() else 0
+
+
 def _new(name: str) -> Any:
     def rule(info: Any, in_dims: Any, x: torch.Tensor, size: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
