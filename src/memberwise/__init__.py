@@ -1,18 +1,23 @@
 """Memberwise: train and run many PyTorch models as one."""
 
 from memberwise import engine, rules
+from memberwise.construction import build, stack
 from memberwise.engine.boundary import vmap
 from memberwise.functional import functional_call
+from memberwise.module import Stack
 from memberwise.rules.registry import register_rule
 from memberwise.state import stack_module_state, unstack_module_state
 from memberwise.trees import each
 
 __all__ = [
+    "Stack",
+    "build",
     "each",
     "engine",
     "functional_call",
     "register_rule",
     "rules",
+    "stack",
     "stack_module_state",
     "unstack_module_state",
     "vmap",

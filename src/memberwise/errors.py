@@ -64,6 +64,18 @@ class ArgumentError(MemberwiseError, ValueError):
     """An argument is malformed (torch raises ValueError here)."""
 
 
+class MemberIndexError(ArgumentError, IndexError):
+    """A number names no member (a list raises IndexError here, and ends an iteration with it)."""
+
+
+class StackAttributeError(MemberwiseError, AttributeError):
+    """A stack has no such attribute (nn.Module raises AttributeError here)."""
+
+
+class ParityError(MemberwiseError, AssertionError):
+    """A stack does not give what its members give alone."""
+
+
 class KindError(MemberwiseError, TypeError):
     """An argument is of a kind that cannot be used (torch raises TypeError here)."""
 

@@ -10,6 +10,7 @@ import torch
 
 from memberwise._torch.checkpoint import recomputed_inside
 from memberwise._torch.dispatch import push_mode
+from memberwise._torch.dynamo import uncompiled
 from memberwise._torch.functions import enter_functions, leave_functions
 from memberwise.engine import again, retreat
 from memberwise.engine.ambient import Region
@@ -22,6 +23,7 @@ from memberwise.engine.tensor import MemberTensor
 from memberwise.errors import EngineError, fail
 
 
+@uncompiled
 def vmap(
     func: Callable[..., Any],
     in_dims: int | tuple[Any, ...] = 0,
@@ -66,7 +68,7 @@ def vmap(
         streams = _check_generators(generators, arguments.size)
         return run(func, arguments, out_dims, randomness, streams, chunk_size)
 
-    return mapped_func
+    return uncompiled(mapped_func)
 
 
 def run(

@@ -53,6 +53,7 @@ class Slots:
     Args:
         template: the module; its parameters and buffers are `(M, *s)`, those in `shared` have their own shape.
         shared: state-dict keys of what has no member axis.
+        members: M, for a module without stacked tensors.
 
     Attributes:
         generators: one random stream a member, or None; a call that brings none of its own draws from them.
@@ -61,9 +62,10 @@ class Slots:
         retreats: modules that run member by member, and why.
     """
 
-    def __init__(self, template: nn.Module, shared: frozenset[str] = frozenset()) -> None:
+    def __init__(self, template: nn.Module, shared: frozenset[str] = frozenset(), members: int | None = None) -> None:
         self.template = template
         self.shared = shared
+        self.members = members
         self.generators: Sequence[torch.Generator] | None = None
         self.apart: dict[int, bool] = {}
         self.retreats: dict[nn.Module, str] = {}
@@ -104,7 +106,7 @@ class Slots:
         self._recurrent = [module for module in self._modules if isinstance(module, nn.RNNBase)]
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("template", "shared", "generators", "apart", "retreats", "carried")
+        kept = ("template", "shared", "members", "generators", "apart", "retreats", "carried")
         return {"_modules": [], **{name: self.__dict__[name] for name in kept}}  # places are found again
 
     def watched_modules(self) -> list[nn.Module]:
@@ -112,12 +114,12 @@ class Slots:
         return self._modules if any(self._hooks) else self._custom
 
     def size(self) -> int | None:
-        """M, or None if there is no stacked tensor."""
+        """M, or None if there is no stacked tensor to tell it."""
         for place in self.places:
             value = place.owner[place.name]
             if value is not None and not place.shared:
                 return value.shape[0]
-        return None
+        return self.members
 
     def tensors(self) -> list[tuple[Any, bool]]:
         """`(tensor or None, stacked)` of each place."""

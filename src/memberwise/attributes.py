@@ -1,0 +1,197 @@
+"""What members carry outside their parameters and buffers: kept where it differs, and given back to each.
+
+A stack runs all members through one template, member 0's structure. Plain attributes that hold other tensors in
+other members become stacked, so that each member runs with its own; other attributes run as member 0 has them,
+and each member gets its own back from `unstack()`.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from memberwise.errors import StateError, build
+from memberwise.form import state
+from memberwise.trees import tree_leaves
+
+_STRUCTURE = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), type, types.FunctionType, torch.dtype, torch.device)
+_WHOLE = ""
+"""Stands for the name of an attribute where a whole submodule is of another class."""
+
+Key = tuple[str, str]
+"""Path of a submodule, and the name of its attribute."""
+
+
+class Missing:
+    """Stands for an attribute that a member does not have."""
+
+
+class Hole:
+    """Stands for a module of a member, in kept values."""
+
+
+def filled(module: nn.Module, tensors: Mapping[int, Any]) -> nn.Module:
+    """A deep copy of `module` in which the objects with these ids are others; other tensors are copied, cut off."""
+    memo: dict[int, Any] = dict(tensors)
+    for sub in module.modules():
+        for name, value in vars(sub).items():
+            for leaf in () if name in _STRUCTURE else tree_leaves(value):
+                if isinstance(leaf, torch.Tensor) and not leaf.is_leaf and id(leaf) not in memo:
+                    memo[id(leaf)] = leaf.detach().clone()
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        what = f"{type(module).__name__} cannot be copied: {error}"
+        do = "Give the class a __deepcopy__, or make the attribute when it is needed"
+        raise build(StateError, "MW301", what, do=do) from error
+
+
+class Attributes:
+    """Takes one member after the other, and keeps what is its own.
+
+    Attributes:
+        kept: for each member, the attributes in which it differs from member 0.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[dict[Key, Any]] = []
+        self._first: dict[Key, Any] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._holes: dict[str, Hole] = {}
+        self._kinds: dict[str, Any] = {}
+
+    def take(self, model: nn.Module) -> None:
+        """Look at the next member."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        if not self.kept:
+            self._tensors = {name: torch.empty(0) for name in state(model)}
+            self._holes = {path: Hole() for path in modules}
+            self._kinds = {path: _kind(sub) for path, sub in modules.items()}
+        tensors = {id(one): self._tensors[name] for name, one in state(model).items() if name in self._tensors}
+        memo = {**tensors, **{id(sub): self._holes[path] for path, sub in modules.items() if path in self._holes}}
+        found = {key: _copied(value, memo) for key, value in self._attributes(modules)}
+        if not self.kept:
+            self._first, self.skeleton = found, filled(model, tensors)
+            self.kept.append({})
+            return
+        own = {key: value for key, value in found.items() if not _alike(value, self._first.get(key, Missing))}
+        own |= {key: Missing for key in self._first if key not in found and not _within(key, own)}
+        for path, name in own:
+            if name == _WHOLE:
+                own[path, name] = filled(modules[path], tensors)
+        self.kept.append(own)
+
+    def _attributes(self, modules: dict[str, nn.Module]) -> Iterator[tuple[Key, Any]]:
+        whole: list[str] = []
+        for path, sub in modules.items():
+            if any(path.startswith(f"{other}.") for other in whole):
+                continue
+            if path in self._kinds and _kind(sub) is not self._kinds[path]:
+                whole.append(path)
+                yield (path, _WHOLE), None
+            elif path in self._kinds:
+                yield from (((path, name), value) for name, value in vars(sub).items() if name not in _STRUCTURE)
+
+    def template(self, tensors: Mapping[str, torch.Tensor]) -> tuple[nn.Module, dict[tuple[nn.Module, str], Any]]:
+        """Member 0's structure holding these tensors; and the attributes in which all members' tensors are stacked."""
+        out = filled(self.skeleton, {id(self._tensors[name]): tensor for name, tensor in tensors.items()})
+        modules = dict(out.named_modules(remove_duplicate=False))
+        carried: dict[tuple[nn.Module, str], Any] = {}
+        for path, name in dict.fromkeys(key for own in self.kept for key in own):
+            values = [own.get((path, name), self._first.get((path, name), Missing)) for own in self.kept]
+            if self._can_stack(values):
+                vars(modules[path])[name] = carried[modules[path], name] = torch.stack(values)
+                for own in self.kept:
+                    own.pop((path, name), None)
+        differing = {key for own in self.kept for key in own}
+        self._first = {key: value for key, value in self._first.items() if key in differing}
+        del self.skeleton, self._kinds
+        return out, carried
+
+    def _can_stack(self, values: list[Any]) -> bool:
+        first = values[0]
+        if not isinstance(first, torch.Tensor) or any(
+            value is hole for value in values for hole in self._tensors.values()
+        ):
+            return False
+        return all(type(one) is type(first) and one.shape == first.shape and one.dtype == first.dtype for one in values)
+
+    def give_back(self, module: nn.Module, member: int, template: nn.Module, tensors: Mapping[str, Any]) -> None:
+        """Set in an unstacked `module` what member `member` brought, unless the stack has been set otherwise since."""
+        modules = dict(module.named_modules(remove_duplicate=False))
+        now = dict(template.named_modules(remove_duplicate=False))
+        memo = {id(hole): modules[path] for path, hole in self._holes.items() if path in modules}
+        memo |= {id(hole): tensors[name] for name, hole in self._tensors.items() if name in tensors}
+        for (path, name), value in self.kept[member].items():
+            if path not in modules or _is_set(vars(now[path]).get(name), self._first.get((path, name))):
+                continue
+            if name == _WHOLE:
+                above, _, own = path.rpartition(".")
+                modules[above]._modules[own] = filled(value, memo)
+            elif value is Missing:
+                vars(modules[path]).pop(name, None)
+            else:
+                vars(modules[path])[name] = copy.deepcopy(value, dict(memo))
+
+    def select(self, members: Sequence[int]) -> Attributes:
+        """What these members brought."""
+        out = copy.copy(self)
+        out.kept = [dict(self.kept[member]) for member in members]
+        return out
+
+
+def _kind(module: nn.Module) -> Any:
+    if isinstance(module, fx.GraphModule):
+        return fx.GraphModule
+    return parametrize.type_before_parametrizations(module)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, _PLAIN):
+        return value
+    own = dict(memo)
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, torch.Tensor) and id(leaf) not in own:
+            own[id(leaf)] = leaf.detach().clone()
+    try:
+        return copy.deepcopy(value, own)
+    except Exception:  # what no copy can be made of is passed on as it is
+        return value
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two values are sure to be equal."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+    if isinstance(a, weakref.ref):
+        return True
+    try:
+        return bool(a == b) or (a != a and b != b)
+    except Exception:  # a class may refuse to be compared
+        return False
+
+
+def _is_set(now: Any, first: Any) -> bool:
+    """Whether an attribute has been given another plain value since."""
+    return isinstance(now, _PLAIN) and isinstance(first, _PLAIN) and not _alike(now, first)
+
+
+def _within(key: Key, own: Mapping[Key, Any]) -> bool:
+    path = key[0]
+    return any(name == _WHOLE and (path == other or path.startswith(f"{other}.")) for other, name in own)

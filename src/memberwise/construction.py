@@ -1,0 +1,139 @@
+"""Stacks from live models, and from a factory and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+
+import torch
+from torch import nn
+
+from memberwise.attributes import Attributes
+from memberwise.errors import ArgumentError, fail
+from memberwise.gathering import Gathered, gather
+from memberwise.generators import make_generators
+from memberwise.module import Stack
+from memberwise.names import tied
+
+
+def stack(models: Iterable[nn.Module], shared: Sequence[str] = ()) -> Stack:
+    """Stack M live models of one class into one module; the models stay as they are.
+
+    Shapes: a parameter or buffer `(*s)` becomes `(M, *s)`, a copy; dtypes and devices stay. State that is one object
+    in all models must be named in `shared`; the stack then holds that very object, in its own shape, once.
+
+    Args:
+        models: a sequence, `nn.ModuleList` or iterator of modules.
+        shared: names of shared state, or patterns of them: `"trunk.*"`.
+
+    Raises:
+        StateError: (a RuntimeError) as `stack_module_state` [MW101 to MW104]; state is one object in all models and
+            not named in `shared`, or the other way around [MW105]; a model cannot be copied [MW301].
+
+    Warns:
+        StackWarning: models differ outside their tensors [MW106]: all run as the first does; `unstack()` gives each
+            its own back.
+
+    >>> import torch
+    >>> stacked = stack([nn.Linear(3, 2) for _ in range(4)])
+    >>> stacked(torch.zeros(5, 3)).shape
+    torch.Size([4, 5, 2])
+    """
+    shared = (shared,) if isinstance(shared, str) else tuple(shared)
+    attributes = Attributes()
+    if not isinstance(models, Iterable) or isinstance(models, nn.ModuleDict | Mapping):
+        gather(models)  # raises
+    count = len(models) if isinstance(models, Sized) else None
+    gathered = gather(_noted(models, attributes), shared=shared, same="refuse", count=count, stacklevel=2)
+    return _made(gathered, attributes)
+
+
+def build(
+    factory: Callable[[], nn.Module],
+    *,
+    seeds: Iterable[int],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Stack:
+    """Stack the models that `factory()` makes, one a seed: member i is `torch.manual_seed(seeds[i]); factory()`.
+
+    The factory runs on the CPU, the global random stream is left as it was, and each member goes into the stack as
+    it comes: no more is held than the stack and two members. Member i keeps the stream of its seed, from where the
+    factory left it (`stack.generators`): its later draws are those of the lone script. On another device that stream
+    starts at the seed.
+
+    Args:
+        factory: makes one model.
+        seeds: M ints.
+        device: where to put the stack; the factory's models are moved there one by one.
+        dtype: of floating and complex tensors.
+
+    Raises:
+        ArgumentError: (a ValueError) seeds are no ints, or there are none [MW302].
+        StateError: (a RuntimeError) as `stack`.
+
+    >>> import torch
+    >>> stacked = build(lambda: nn.Linear(3, 2), seeds=range(4))
+    >>> lone = torch.manual_seed(2) and nn.Linear(3, 2)
+    >>> torch.equal(stacked[2].weight, lone.weight)
+    True
+    """
+    numbers = _checked(seeds)
+    streams: list[torch.Generator] = []
+    attributes = Attributes()
+    gathered = gather(
+        _noted(_seeded(factory, numbers, streams), attributes),
+        same="refuse",
+        count=len(numbers),
+        device=device,
+        dtype=dtype,
+        stacklevel=2,
+    )
+    out = _made(gathered, attributes)
+    place = next(out.parameters(), next(out.buffers(), torch.empty(0))).device
+    out.generators = streams if place.type == "cpu" else make_generators(numbers, place)
+    return out
+
+
+def _checked(seeds: Iterable[int]) -> list[int]:
+    numbers = list(seeds)
+    strangers = [seed for seed in numbers if isinstance(seed, bool) or not hasattr(seed, "__index__")]
+    if strangers or not numbers:
+        fail(ArgumentError, "MW302", f"seeds: expected ints, at least one, got {strangers or numbers}")
+    return [seed.__index__() for seed in numbers]
+
+
+def _seeded(
+    factory: Callable[[], nn.Module], seeds: Sequence[int], streams: list[torch.Generator]
+) -> Iterator[nn.Module]:
+    """One model a seed, made under that seed; and, in `streams`, where each model's stream stands afterwards."""
+    for seed in seeds:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model = factory()
+            streams.append(torch.Generator().set_state(torch.default_generator.get_state()))
+        yield model
+        del model
+
+
+def _noted(models: Iterable[nn.Module], attributes: Attributes) -> Iterator[nn.Module]:
+    for model in models:
+        if isinstance(model, nn.Module):
+            attributes.take(model)
+        yield model
+        del model
+
+
+def _made(gathered: Gathered, attributes: Attributes) -> Stack:
+    tensors = {**gathered.params, **gathered.buffers}
+    named = {str(name): _as_parameter(tensor, name in gathered.params) for name, tensor in tensors.items()}
+    template, carried = attributes.template(named)
+    keys = {key for name in gathered.shared for key in (name, *tied(gathered.form.key(name)))}
+    out = Stack(template, gathered.count, shared=keys, attributes=attributes)
+    out.__memberwise_slots__().carried = carried
+    return out
+
+
+def _as_parameter(tensor: torch.Tensor, is_parameter: bool) -> torch.Tensor:
+    if not is_parameter or isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor.detach(), tensor.requires_grad)

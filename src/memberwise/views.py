@@ -1,0 +1,148 @@
+"""One member of a stack as a live module: its parameters and buffers are views into the stack, `.grad` too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from memberwise._torch.dispatch import DisableTorchFunctionSubclass
+from memberwise._torch.views import leaf_on, take_gradient
+from memberwise.engine.slots import Place
+from memberwise.engine.tensor import MemberTensor
+from memberwise.errors import StateError, fail
+
+
+class MemberView(torch.Tensor):
+    """Member i's part of a stacked parameter or buffer: a leaf on the same memory, whose `.grad` is a view as well.
+
+    Shapes: `(*s)`, of a stacked `(M, *s)`; of a shared tensor it is the whole. What autograd accumulates in it goes
+    into the stack's `.grad`. Copies (`clone`, `copy.deepcopy`, pickles) are ordinary tensors of their own. Once the
+    stack's tensor lies elsewhere (after `.to()`), every use raises StateError [MW304].
+    """
+
+    _place: Place
+    _member: int | None
+
+    @classmethod
+    def of(cls, place: Place, member: int) -> MemberView:
+        """The view of member `member` into the tensor at `place`."""
+        whole = place.owner[place.name]
+        values = whole.detach() if place.shared else whole.detach()[member]
+        view = leaf_on(cls, values, whole.requires_grad)
+        view._place, view._member = place, None if place.shared else member
+        if place.is_parameter:
+            view._is_param = True  # type: ignore[attr-defined] # isinstance(view, nn.Parameter) holds
+        if view.requires_grad:
+            view.register_post_accumulate_grad_hook(MemberView._pass_on)
+        return view
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with DisableTorchFunctionSubclass():
+            for arg in _flat(args):
+                if isinstance(arg, MemberView):
+                    arg._whole()
+            return func(*args, **(kwargs or {}))
+
+    def _whole(self) -> torch.Tensor:
+        """The stack's tensor; raises if this is no view of it any more."""
+        whole = self._place.owner.get(self._place.name)
+        if not isinstance(whole, MemberTensor):  # inside a call of the stack it is away for a while
+            with DisableTorchFunctionSubclass():
+                if whole is None or whole.dtype != self.dtype or _memory(whole) != _memory(self):
+                    self._refuse()
+        return whole
+
+    def _refuse(self) -> NoReturn:
+        who = "the shared" if self._member is None else f"member {self._member}:"
+        what = f"{who} '{self._place.key}' is no view of the stack any more: one of them was moved, cast or assigned"
+        fail(StateError, "MW304", what, do="Take the member from the stack again, stack[i], after such a change")
+
+    @property
+    def grad(self) -> torch.Tensor | None:  # type: ignore[override] # torch has an attribute of C here
+        """This member's part of the stack's gradient, or None while the stack has none."""
+        self._pass_on()
+        grad = self._whole().grad
+        return grad if grad is None or self._member is None else grad[self._member]
+
+    @grad.setter
+    def grad(self, value: torch.Tensor | None) -> None:
+        take_gradient(self)
+        whole = self._whole()
+        if self._member is None:
+            whole.grad = value
+        elif value is not None:
+            _add_grad(whole, self._member, value, replace=True)
+        elif whole.grad is not None:
+            with torch.no_grad():
+                whole.grad[self._member] = 0
+
+    @grad.deleter
+    def grad(self) -> None:
+        self.grad = None
+
+    def _pass_on(self) -> None:
+        """Add what autograd has accumulated here to the stack's gradient."""
+        with DisableTorchFunctionSubclass():
+            own = take_gradient(self)
+            if own is not None:
+                _add_grad(self._whole(), self._member, own)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = self._own()
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._own().__reduce_ex__(protocol)
+
+    def _own(self) -> torch.Tensor:
+        values = self.detach().clone()
+        return nn.Parameter(values, self.requires_grad) if self._place.is_parameter else values
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"view into a stack, {'shared' if self._member is None else f'member {self._member}'}: {self.detach()!r}"
+
+
+def _memory(tensor: torch.Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+def _add_grad(whole: torch.Tensor, member: int | None, own: torch.Tensor, replace: bool = False) -> None:
+    """Add a member's gradient to its part of the stack's; a gradient with a history (create_graph) keeps it."""
+    if member is None:
+        whole.grad = own if whole.grad is None else whole.grad + own
+        return
+    before = torch.zeros_like(whole) if whole.grad is None else whole.grad
+    if own.requires_grad or before.requires_grad:
+        one = own.unsqueeze(0)
+        at = torch.tensor([member], device=own.device)
+        whole.grad = before.index_copy(0, at, one) if replace else before.index_add(0, at, one)
+        return
+    with torch.no_grad():
+        before[member] = own if replace else before[member] + own
+    whole.grad = before
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if type(value) in (list, tuple):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def clones_in_state_dict(module: nn.Module) -> None:
+    """Let `module.state_dict()` give clones, not views that would keep (and save) the memory of all members."""
+    for sub in module.modules():
+        sub.register_state_dict_post_hook(_clone_own)
+
+
+def _clone_own(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in (*module._parameters, *module._buffers):
+        value = state_dict.get(prefix + name)
+        if isinstance(value, torch.Tensor) and not isinstance(value, MemberView):  # keep_vars=True wants the views
+            state_dict[prefix + name] = value.clone()
