@@ -21,18 +21,22 @@ class Draw:
 
     Attributes:
         func, args, kwargs: the random operation and its arguments; a tensor among them is live memory.
-        example: a tensor like the drawn one. An operation that fills a tensor fills this one, each time.
+        example: a tensor like the drawn one; where the operation fills a tensor, or asks one for its kind, it is this.
         stands_for: the member's stream that the global one stands for, or None.
     """
 
-    def __init__(
-        self, func: Any, args: Any, kwargs: Any, drawn: torch.Tensor, *, fills: bool, stands_for: Any = None
-    ) -> None:
+    def __init__(self, func: Any, args: Any, kwargs: Any, drawn: torch.Tensor, *, shaped: bool) -> None:
         self.example = torch.empty_strided(drawn.shape, drawn.stride(), dtype=drawn.dtype, device=drawn.device)
         self.func = func
-        self.args = (self.example, *args[1:]) if fills else args
+        self.args = (self.example, *args) if shaped else tuple(args)
         self.kwargs = kwargs
-        self.stands_for = stands_for
+        self.stands_for: torch.Generator | None = None
+
+    def kind(self) -> Any:
+        """A value that is equal for draws that take the same from the same state."""
+        example, others = self.example, (arg for arg in self.args if arg is not self.example)
+        rest = [id(arg) if isinstance(arg, torch.Tensor) else repr(arg) for arg in others]
+        return self.func, example.shape, example.stride(), example.dtype, example.device, tuple(rest)
 
     def take(self) -> torch.Tensor:
         """Draw."""

@@ -214,32 +214,42 @@ class Recorder(DispatchMode):
             self._record(func, *tree_flatten((args, kwargs)), out)  # this call draws nothing
             return
         fills = func._schema.is_mutable
-        values = tree_flatten((args[1:] if fills else args, kwargs))[0]
-        if not isinstance(out, torch.Tensor) or not all(map(self._is_untouched, values)):
+        shaped = fills or func._schema.name.endswith("_like")
+        leaves, spec = tree_flatten((args[1:] if shaped else args, kwargs))
+        if not isinstance(out, torch.Tensor) or not all(map(self._is_known, leaves)):
             self.refuse(Refusal("random-values", _called(self.reads, func), user_line()))
             return
-        key = (func, stream_key(generator), before, out.shape, out.stride(), out.dtype, repr(args[1:]))
-        drawn = self.streams.earlier(key)
-        stream = self.streams.in_turn(generator, before)
-        if stream is not None:
-            lent = None if stream_key(stream) == stream_key(generator) else stream
-            drawn = self.input(Draw(func, args, kwargs, out, fills=fills, stands_for=lent))
-            self.streams.moved(stream, after)
-            self.streams.remember(key, drawn)
-        elif drawn is None:
+        own = tree_unflatten([leaf.clone() if self._is_fixed(leaf) else leaf for leaf in leaves], spec)
+        drawn = self._drawn(Draw(func, *own, out, shaped=shaped), generator, before, after)
+        if drawn is None:
             self.refuse(Refusal("random-state", "a stream was set inside the step", user_line()))
-            return
-        if fills:
+        elif fills:
             self._nodes[out] = self._append(_aten.copy_.default, (self._argument(args[0]), drawn), {})
+            self._note([out], [out], fixed=False)
         else:
             self._nodes[out] = self._append(_aten.clone.default, (drawn,), {})
-        self._note([out], [args[0]] if fills else [], fixed=False)
+            self._note([out], [], fixed=False)
 
-    def _is_untouched(self, value: Any) -> bool:
-        """Whether a draw's argument is known before the step runs."""
-        if not isinstance(value, torch.Tensor):
+    def _drawn(self, draw: Draw, generator: torch.Generator, before: bytes, after: bytes) -> fx.Node | None:
+        """The input that a draw fills: a new one, or that of the same draw made before; None if out of turn."""
+        key = (draw.kind(), stream_key(generator), before)
+        stream = self.streams.in_turn(generator, before)
+        if stream is None:
+            return self.streams.earlier(key)
+        draw.stands_for = None if stream_key(stream) == stream_key(generator) else stream
+        node = self.input(draw)
+        self.streams.moved(stream, after)
+        self.streams.remember(key, node)
+        return node
+
+    def _is_known(self, value: Any) -> bool:
+        """Whether a draw's argument is what it is before the step runs."""
+        if not isinstance(value, torch.Tensor) or self._is_fixed(value):
             return True
         return self.is_input(value) and _storage(value) not in self.written
+
+    def _is_fixed(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and _storage(value) in self._fixed
 
 
 def _is_subclass(leaf: Any) -> bool:
