@@ -43,7 +43,8 @@ def functional_call(
         ArgumentError: (a ValueError) what is given are not dicts, a name is in two of them, or tied names get
             different values [MW110].
         StateError: (a RuntimeError) under `strict`, names are missing or unexpected; or the module is a ScriptModule
-            or DataParallel [MW110].
+            or DataParallel [MW110]; or a part of it that is on the meta device, and was given no values, met a
+            tensor that has some [MW111].
         KindError: (a TypeError) a value is not a tensor [MW110].
 
     >>> functional_call(nn.Linear(2, 1, bias=False), {"weight": torch.ones(1, 2)}, torch.ones(2))

@@ -185,10 +185,10 @@ def _modules(models: Iterable[nn.Module], count: int | None) -> Iterator[nn.Modu
 
 def _overlaps(tensors: dict[str, torch.Tensor]) -> list[str]:
     """Tensors of one member that lie, at least in part, in the memory of another."""
-    spans = sorted((*span, name) for name, tensor in tensors.items() if (span := _span(tensor)))
+    spans = [(*span, name) for name, tensor in tensors.items() if (span := _span(tensor))]
     found: list[str] = []
     reach, owner = 0, ""
-    for low, high, name in spans:
+    for low, high, name in sorted(spans, key=lambda span: (span[0], -span[1])):
         if low < reach:
             found.append(f"'{name}' lies in the memory of '{owner}'")
         if high > reach:

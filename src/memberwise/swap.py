@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from memberwise._torch.recurrent import kept_lists, put_back
-from memberwise.errors import ArgumentError, KindError, StateError, fail, text
+from memberwise.errors import ArgumentError, KindError, StateError, fail
 from memberwise.names import tied
 from memberwise.places import ABSENT, Attribute, Entry, Tree
+from memberwise.valueless import valueless
 
 Tensors = dict[str, torch.Tensor]
 
@@ -43,9 +44,19 @@ class Swap:
                 self._entries[name] = tree.entries[name]
             else:
                 self._attributes[name] = tree.attribute(name)
+        if not all(map(_is_valueless, values.values())):
+            values = {**values, **self._rest_on_meta(values)}
         self._values = values
         self._recurrent = [owner for owner in tree.owners.values() if isinstance(owner, nn.RNNBase)]
         self._entered: list[_Originals] = []
+
+    def _rest_on_meta(self, values: dict[str, Any]) -> dict[str, Any]:
+        """What has no values and was given none, in a form that does not join in unnoticed."""
+        if len(self._entries) == len(self._tree.entries):
+            return {}
+        rest = {name: tensor for name, tensor in self._tree.tensors() if tensor.is_meta and name not in values}
+        self._entries |= {name: self._tree.entries[name] for name in rest}
+        return {name: valueless(tensor, name) for name, tensor in rest.items()}
 
     def __enter__(self) -> None:
         originals = _Originals(
@@ -65,15 +76,16 @@ class Swap:
             self._restore()
             raise
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        found = {name: table.get(key, ABSENT) for name, (table, key, _) in self._entries.items()}
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        found = {
+            name: table[key] if key in table else vars(owner).get(key, ABSENT)
+            for name, (table, key, owner) in self._entries.items()
+        }
         for name, attribute in self._attributes.items():
             found[name] = attribute.read()
         self._restore()
         if kind is None or issubclass(kind, Exception):
             self._hand_back(found)
-        if isinstance(error, Exception):
-            self._explain_meta(error)
 
     def _restore(self) -> None:
         """Put the originals back, last first: two names may lead to one place."""
@@ -81,10 +93,9 @@ class Swap:
         for name in reversed(originals.attributes):
             self._attributes[name].write(originals.attributes[name])
         for name, (table, key, owner) in reversed(self._entries.items()):
-            if key in table:
-                table[key] = originals.entries[name]
-            else:  # the module deleted it, or made an attribute of it
-                Attribute(owner, key).write(originals.entries[name])
+            if key not in table:
+                vars(owner).pop(key, None)  # the module made an attribute of it, which would hide the entry
+            table[key] = originals.entries[name]
         for owner, lists in zip(self._recurrent, originals.lists, strict=True):
             put_back(owner, lists)
 
@@ -97,16 +108,6 @@ class Swap:
         if not self._entered:
             self._values = {name: old if found[name] is ABSENT else found[name] for name, old in self._values.items()}
 
-    def _explain_meta(self, error: Exception) -> None:
-        """A call that failed because a part of the template has no values: say so beside torch's error."""
-        if all(value is None or value.is_meta for value in self._values.values()):
-            return
-        bare = [name for name, tensor in self._tree.tensors() if tensor.is_meta and name not in self._values]
-        if bare:
-            what = f"the template's {', '.join(map(repr, bare))} are on the meta device, and were given no values"
-            do = "Give them by name; .to('meta') unties tied weights, which only the keys of stack_module_state keep"
-            error.add_note(text("MW111", what, do=do))
-
 
 class _Originals(NamedTuple):
     """What one entry into a swap found: entries and attributes by name, the lists of recurrent modules."""
@@ -114,6 +115,10 @@ class _Originals(NamedTuple):
     entries: dict[str, Any]
     attributes: dict[str, Any]
     lists: list[dict[str, Any]]
+
+
+def _is_valueless(tensor: torch.Tensor | None) -> bool:
+    return tensor is None or tensor.is_meta
 
 
 def _check_tensors(values: dict[str, Any]) -> None:
