@@ -14,6 +14,7 @@ from copy import deepcopy
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from memberwise._torch import fused
@@ -90,6 +91,7 @@ class MemberOptimizer(Optimizer):
 
     # -- a step
 
+    @torch.compiler.disable(reason="use memberwise.compile, which captures the whole step")
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # any loss
         """Update every parameter that has a gradient, each member as if it were alone.
 
@@ -182,6 +184,7 @@ class MemberOptimizer(Optimizer):
             place = call.first if len(counts) > 1 else 0
             own_steps = [[step[place]] * len(params) for step in steps]
             self._fused(group, [params, grads, *own_steps, *kept], counts[place] if counts else 0, **call.values)
+        increment_version(lists[0])  # the kernels do not, and an older graph would use the new values in silence
 
     def _runs(self, tensor: torch.Tensor, layout: Layout, keep: bool) -> Sequence[torch.Tensor]:
         """The runs of a stacked tensor; kept while it has the same storage, since views cost more than kernels."""
@@ -244,7 +247,7 @@ class MemberOptimizer(Optimizer):
         """As torch's. Raises ArgumentError (MW401 to MW404), and adds nothing, if the group does not fit."""
         super().add_param_group(param_group)
         if self._ready:
-            groups = self._adopted([self.param_groups.pop()])
+            groups = self._adopted([self.param_groups.pop()], self.param_groups)
             self._check(groups)
             self.members = groups[0].members
             self.param_groups += groups
@@ -278,12 +281,13 @@ class MemberOptimizer(Optimizer):
         self._taken: dict[torch.Tensor, tuple[int, tuple[float, ...]]] = {}
         self._views: dict[torch.Tensor, tuple[Layout, int, Sequence[torch.Tensor]]] = {}
 
-    def _adopted(self, raw: list[dict[str, Any]]) -> list[Group]:
+    def _adopted(self, raw: list[dict[str, Any]], beside: Sequence[Group] = ()) -> list[Group]:
+        """Groups as torch made them, as member-wise ones that fit `beside` others."""
         named = [(f"group {i}: {name_of(g, j)}", p) for i, g in enumerate(raw) for j, p in enumerate(g["params"])]
-        members = count_members(named, self.members)
+        members = count_members(named, next((group.members for group in beside if group.members), None))
         groups = [self._group(g, members, tuple(map(is_shared, g["params"]))) for g in raw]
         storages: set[int] = set()
-        for group in [g for g in self.param_groups if isinstance(g, Group)] + groups:
+        for group in (*beside, *groups):
             group.unalias(storages)
         return groups
 
