@@ -84,7 +84,7 @@ def _wrap_views(out: Any, source: MemberTensor) -> Any:
 def _move_in_place(func: Any, args: Any, kwargs: dict[str, Any], region: Region | None) -> Any:
     """`squeeze_` and its kin: the view that the plain operation gives, taken over by the same object."""
     member = args[0]
-    if len(relatives(member)) > 1:
+    if member._viewed or len(relatives(member)) > 1:
         part_ways(member._region, f"{func} changes the shape of a tensor that has views")
     packet = getattr(torch.ops.aten, func._schema.name.removeprefix("aten::")[:-1])
     moved = on_dispatch(getattr(packet, func._overloadname), args, kwargs, region)

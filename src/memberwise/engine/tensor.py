@@ -29,6 +29,7 @@ class MemberTensor(torch.Tensor):
         _differs: whether one member's slice of `_inner` lies in another order than declared (contiguous).
         _outside: whether its memory was there before the call: writes are undone on retreat.
         _family: all member tensors on the same memory, while that memory may have to be replaced.
+        _viewed: whether a view was taken of it.
         _origin: storage offset of `_inner` at which the member's own storage begins.
     """
 
@@ -39,6 +40,7 @@ class MemberTensor(torch.Tensor):
     _outside = False
     _family: list[Any] | None = None
     _origin = 0
+    _viewed = False
 
     # Set by `memberwise.engine.dispatch`, which imports this module (as `engine.function` sets __torch_function__).
     _on_dispatch: Callable[..., Any]
@@ -90,6 +92,7 @@ def _refuse_layout(inner: torch.Tensor, region: Region) -> None:
 
 def wrap_view(inner: torch.Tensor, source: MemberTensor) -> MemberTensor:
     """The member tensor of a view of `source._inner`: same memory, same fate."""
+    source._viewed = True
     batched = source._batched
     offset = inner.storage_offset() - source._origin
     out = make_wrapper(
