@@ -109,7 +109,7 @@ class _Gathering:
         """First names of the tensors that have a name like `pattern`."""
         form = self.differences.first
         assert form is not None
-        names = fnmatch.filter(form.tensors, pattern)
+        names = [name for name in form.tensors if fnmatch.fnmatchcase(name, pattern)]
         if not names:
             self.differences.note("MW105", f"shared='{pattern}' names no parameter or buffer")
         return {form.ties.get(name, (name,))[0] for name in names}

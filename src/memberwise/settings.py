@@ -102,14 +102,19 @@ def qualified_name(value: Any) -> str | None:
     """`module.qualname` of a function, class, bound method or partial; None for lambdas and what is no callable."""
     if isinstance(value, functools.partial):
         inner = qualified_name(value.func)
-        arguments = (*map(repr, value.args), *(f"{k}={v!r}" for k, v in value.keywords.items()))
-        return inner and f"partial({', '.join((inner, *filter(_is_short, arguments)))})"
+        return inner and f"partial({', '.join((inner, *_arguments(value)))})"
     if not callable(value):
         return None
     named = value if hasattr(value, "__qualname__") else type(value)
-    name = named.__qualname__
-    return None if "<lambda>" in name else f"{named.__module__}.{name}" if named.__module__ else name
+    name, module = named.__qualname__, getattr(named, "__module__", None)
+    if "<lambda>" in name:
+        return None
+    return f"{module}.{name}" if module else name
 
 
-def _is_short(text: str) -> bool:
-    return len(text) < 40 and " at 0x" not in text  # a repr with an address differs always
+def _arguments(value: functools.partial[Any]) -> Iterator[str]:
+    """The arguments that are settings themselves."""
+    for name, one in (*(("", arg) for arg in value.args), *value.keywords.items()):
+        plain = _plain(one, DEPTH)
+        if plain != OTHER:
+            yield f"{name}={plain!r}" if name else repr(plain)
