@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 CODES: dict[str, str] = {
     "MW101": "there is no model to stack",
@@ -46,6 +46,8 @@ CODES: dict[str, str] = {
     "MW502": "a step runs eagerly, as there is no C++ compiler",
     "MW503": "a step is recorded anew over and over",
     "MW504": "compile was called with arguments it cannot use",
+    "MW601": "a stack deviates from what its members give alone",
+    "MW602": "a stack fails where its members alone do not",
 }
 """What each code means. MW1xx state, MW2xx engine, MW3xx Stack, MW4xx training, MW5xx capture, MW6xx checks."""
 
@@ -73,7 +75,9 @@ class StackAttributeError(MemberwiseError, AttributeError):
 
 
 class ParityError(MemberwiseError, AssertionError):
-    """A stack does not give what its members give alone."""
+    """A stack does not give what its members give alone; `report` is the `Verification` that shows it."""
+
+    report: Any = None
 
 
 class KindError(MemberwiseError, TypeError):

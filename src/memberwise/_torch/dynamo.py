@@ -20,5 +20,5 @@ def uncompiled(function: F) -> F:
     """Mark `function`: it is never compiled, nor is anything that it calls."""
     eval_frame.set_code_exec_strategy(function.__code__, _SKIP)  # where it is called from code that runs as it is
     function._torchdynamo_disable = True  # type: ignore[attr-defined] # where it is called from compiled code
-    function._torchdynamo_disable_msg = "a stack runs its members by an engine of its own"  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = "it runs all members by an engine of its own"  # type: ignore[attr-defined] # so
     return function

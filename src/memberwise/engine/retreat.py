@@ -57,6 +57,14 @@ def to_module(signal: Retreat, arguments: Arguments) -> bool:
     return False
 
 
+def is_lone(error: Exception, swaps: Swaps) -> bool:
+    """Whether a member alone raised it: then it is the user's, and the module that raised it need not retreat."""
+    module = getattr(error, "_raised_alone_in", None)
+    for slots, _ in swaps:
+        slots.retreats.pop(module, None)
+    return module is not None
+
+
 def _running_modules(signal: Retreat) -> list[nn.Module]:
     found: list[nn.Module] = []
     frame = signal.__traceback__
@@ -77,9 +85,9 @@ def modules_by_members(swaps: Swaps, region: Region) -> Iterator[None]:
     """Let the modules that are known to retreat run member by member, the rest of the call stacked."""
     replaced: list[nn.Module] = []
     for slots, _ in swaps:
-        for module in slots.retreats:
+        for module, reason in slots.retreats.items():
             if "forward" not in module.__dict__:
-                forward = functools.partial(_forward_by_members, module, module.forward, region)
+                forward = functools.partial(_forward_by_members, module, module.forward, reason, region)
                 object.__setattr__(module, "forward", forward)
                 replaced.append(module)
     try:
@@ -90,7 +98,7 @@ def modules_by_members(swaps: Swaps, region: Region) -> Iterator[None]:
 
 
 def _forward_by_members(
-    module: nn.Module, forward: Callable[..., Any], region: Region, *args: Any, **kwargs: Any
+    module: nn.Module, forward: Callable[..., Any], reason: str, region: Region, *args: Any, **kwargs: Any
 ) -> Any:
     """Inside a stacked run: this module's forward for each member alone, the results stacked again."""
     start = trace.clock()
@@ -110,13 +118,33 @@ def _forward_by_members(
             for i in range(region.batch_size):
                 turns.show(i)
                 own_args, own_kwargs = rebuild([column[i] for column in inputs])
-                with _stream(region, i):
-                    outs.append(forward(*own_args, **own_kwargs))
+                try:
+                    with _stream(region, i):
+                        outs.append(forward(*own_args, **own_kwargs))
+                except Exception as error:
+                    error._raised_alone_in = module  # type: ignore[attr-defined] # read by is_lone
+                    raise
                 turns.collect()
     result = stack_outputs(outs, lambda stacked: enter([stacked], [True], region)[0], region)
     if trace.active is not None:
-        trace.active.note(type(module).__name__, "retreat", "", trace.clock() - start)
+        trace.active.note(type(module).__name__, "retreat", reason, trace.clock() - start)
     return result
+
+
+def function_by_members(func: Callable[..., Any], reason: str, args: Any, kwargs: Any) -> Any:
+    """Inside a stacked run: one torch function for each member alone, differentiably, the results stacked again."""
+    region = next(leaf._region for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, MemberTensor))
+    start = trace.clock()
+    outs = []
+    with suspended(region):
+        inputs, rebuild = _left((args, kwargs), region)
+        for i in range(region.batch_size):
+            own_args, own_kwargs = rebuild([column[i] for column in inputs])
+            with _stream(region, i):
+                outs.append(func(*own_args, **own_kwargs))
+    if trace.active is not None:
+        trace.active.note(func.__name__, "loop", reason, trace.clock() - start)
+    return stack_outputs(outs, lambda stacked: enter([stacked], [True], region)[0], region)
 
 
 def _slots_inside(module: nn.Module) -> Slots:
@@ -157,7 +185,6 @@ def _left(tree: Any, region: Region) -> tuple[list[Any], Callable[[list[Any]], A
 
 def by_members(func: Callable[..., Any], arguments: Arguments, out_dims: Any, region: Region, signal: Retreat) -> Any:
     """The whole function for each member alone, as a loop would; results stacked at `out_dims`."""
-    _warn(f"the function ran member by member: {signal.reason}", signal)
     start = trace.clock()
     columns = [_columns(leaf, dim) for leaf, dim in zip(arguments.leaves, arguments.dims, strict=True)]
     outs: list[Any] = []
@@ -177,6 +204,7 @@ def by_members(func: Callable[..., Any], arguments: Arguments, out_dims: Any, re
                 outs.append(func(*args, **kwargs))
             for solo in solos.values():
                 solo.collect()
+    _warn(f"the function ran member by member: {signal.reason}", signal)
     if trace.active is not None:
         trace.active.note(getattr(func, "__name__", repr(func)), "retreat", signal.reason, trace.clock() - start)
     return _stack_at(outs, out_dims)
