@@ -102,7 +102,22 @@ def test_a_recording_reads_nothing_but_its_inputs_and_runs_pointwise_operators(n
     assert not [node for node in nodes if node.op == "get_attr"]
     called = {str(node.target) for node in nodes if node.op == "call_function"}
     called = {name for name in called if not name.startswith("profiler.")}  # torch's own marks, no kernels
-    pointwise = {"add", "sub", "mul", "div", "exp", "log", "sqrt", "lerp", "where", "neg", "rsub", "maximum", "ne", "eq"}
+    pointwise = {
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "exp",
+        "log",
+        "sqrt",
+        "lerp",
+        "where",
+        "neg",
+        "rsub",
+        "maximum",
+        "ne",
+        "eq",
+    }
     moving = {"copy_", "add_", "_to_copy", "view", "reshape", "unsqueeze", "detach"}
     assert {name.split(".")[1] for name in called} <= pointwise | moving
     written = [node for node in nodes if str(node.target).split(".")[1:2] == ["copy_"]]
@@ -239,7 +254,7 @@ def test_a_mode_that_watches_sees_plain_operators(name: str, records: bool) -> N
         with _Watcher(records) as mode:
             optimizer.step()
         eager.step()
-        assert not [op for op in mode.seen if "fused" in op or "_local_scalar_dense" in op and records]
+        assert not [op for op in mode.seen if "fused" in op or ("_local_scalar_dense" in op and records)]
     for key in SHAPES:
         assert_equal(params[key].detach(), others[key].detach(), key)
 

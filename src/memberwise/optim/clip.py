@@ -13,7 +13,7 @@ from memberwise._torch import fused
 from memberwise._torch.tracing import watched
 from memberwise.errors import ArgumentError, EngineError, StackWarning, fail, text
 from memberwise.optim.adoption import count_members, is_shared
-from memberwise.optim.values import Hyper, MemberValues, accept, numbers
+from memberwise.optim.values import Hyper, accept, numbers, plain
 
 
 class HasParameters(Protocol):
@@ -55,6 +55,7 @@ def clip_grad_norm_(
     found = _listed(parameters)
     members = count_members([(f"parameter {i}", parameter) for i, parameter in enumerate(found)])
     limit = accept("max_norm", max_norm, members)
+    limit = max_norm if isinstance(max_norm, torch.Tensor) else plain(limit)  # recordings know the user's tensor
     own = [p.grad for p in found if p.grad is not None and not is_shared(p)]
     common = [p.grad[None] for p in found if p.grad is not None and is_shared(p)]  # as if of a single member
     common_limit = _one(limit) if common else limit
@@ -75,7 +76,7 @@ def _listed(parameters: torch.Tensor | Iterable[torch.Tensor] | HasParameters) -
     return found
 
 
-def _one(limit: float | MemberValues) -> float:
+def _one(limit: float | torch.Tensor) -> float:
     """The value that all members have."""
     values = set(numbers(limit, 1))
     if len(values) > 1:

@@ -49,6 +49,7 @@ class MemberValues(torch.Tensor):
         return memo.setdefault(id(self), self.clone().as_subclass(MemberValues))
 
 
+@torch.inference_mode(False)  # an inference tensor cannot tell that it was written to
 def accept(name: str, value: Any, members: int | None) -> Any:
     """`value` as a group holds it: a number as it is, anything with one value a member as `MemberValues`.
 
@@ -60,16 +61,10 @@ def accept(name: str, value: Any, members: int | None) -> Any:
     """
     if isinstance(value, (int, float)):
         return value
-    if isinstance(value, torch.Tensor):
-        values = value.detach() if value.requires_grad else value
-        if value.is_inference():  # such a tensor cannot tell that it was written to
-            values = value.clone()
-    else:
-        listed = _listed(name, value)
-        if isinstance(listed, float):
-            return listed
-        with torch.inference_mode(False):
-            values = torch.tensor(listed, dtype=torch.float64)
+    listed = None if isinstance(value, torch.Tensor) else _listed(name, value)
+    if isinstance(listed, float):
+        return listed
+    values = _watchable(value) if listed is None else torch.tensor(listed, dtype=torch.float64)
     if values.ndim and values.shape != (members,):
         fail(
             ArgumentError,
@@ -88,17 +83,19 @@ def numbers(value: Any, members: int) -> list[float]:
 
 def _listed(name: str, value: Any) -> float | list[float]:
     try:
-        return [float(item) for item in value] if _is_list(value) else float(value)
+        if not isinstance(value, str):
+            return [float(item) for item in value] if isinstance(value, Iterable) else float(value)
     except (TypeError, ValueError):
-        fail(ArgumentError, "MW401", f"{name}: expected numbers, found {value!r}")
+        pass
+    fail(ArgumentError, "MW401", f"{name}: expected numbers, found {value!r}")
+
+
+def _watchable(values: torch.Tensor) -> torch.Tensor:
+    return values.clone() if values.is_inference() else values.detach()
 
 
 def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
 
 
 def _expected(members: int | None) -> str:
