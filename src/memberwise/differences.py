@@ -148,7 +148,7 @@ def _by_value(values: tuple[Any, ...]) -> str:
 
 
 def _short(value: str) -> str:
-    return value if len(value) <= 80 else f"{value[:77]}..."
+    return value if len(value) <= 130 else f"{value[:60]}...{value[-60:]}"
 
 
 def _lazy(form: Form) -> Iterator[tuple[str, str]]:

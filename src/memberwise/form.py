@@ -116,7 +116,7 @@ def _class_of(module: nn.Module) -> tuple[object, str]:
 
 
 def _qualified_class(module: nn.Module) -> str:
-    kind, name = _class_of(module)
-    if isinstance(kind, type):
-        return f"{kind.__module__}.{kind.__qualname__}"
-    return f"{name} of code {zlib.crc32(module.code.encode()):08x}"
+    if isinstance(module, fx.GraphModule):
+        return f"GraphModule of code {zlib.crc32(module.code.encode()):08x}"
+    kind = parametrize.type_before_parametrizations(module)
+    return f"{kind.__module__}.{kind.__qualname__}"

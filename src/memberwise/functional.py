@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from memberwise._torch.checkpoint import recomputed_inside
-from memberwise.errors import ArgumentError, StateError, fail
+from memberwise.errors import ArgumentError, KindError, StateError, fail
 from memberwise.swap import Swap, Tensors
 
 
@@ -45,7 +45,7 @@ def functional_call(
         StateError: (a RuntimeError) under `strict`, names are missing or unexpected; or the module is a ScriptModule
             or DataParallel [MW110]; or a part of it that is on the meta device, and was given no values, met a
             tensor that has some [MW111].
-        KindError: (a TypeError) a value is not a tensor [MW110].
+        KindError: (a TypeError) a value is not a tensor, or `module` not a module [MW110].
 
     >>> functional_call(nn.Linear(2, 1, bias=False), {"weight": torch.ones(1, 2)}, torch.ones(2))
     tensor([2.])
@@ -80,8 +80,10 @@ def _dicts(given: Any) -> list[Tensors]:
 
 
 def _refuse_unswappable(module: nn.Module) -> None:
+    if not isinstance(module, nn.Module):
+        fail(KindError, "MW110", f"expected an nn.Module to call, got a {type(module).__name__}")
     jitted = torch.jit.ScriptModule, torch.jit.ScriptFunction
-    if isinstance(module, jitted) or torch.jit.is_tracing() or torch.jit.is_scripting():
+    if isinstance(module, jitted) or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]  # public
         fail(StateError, "MW110", "jitted modules cannot be called with other parameters")
     if isinstance(module, nn.DataParallel):
         fail(StateError, "MW110", "nn.DataParallel cannot be called with other parameters", do="Call its module")

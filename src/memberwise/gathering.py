@@ -173,14 +173,12 @@ def _modules(models: Iterable[nn.Module], count: int | None) -> Iterator[nn.Modu
         if not isinstance(model, nn.Module):
             fail(KindError, "MW108", f"member {index} is a {type(model).__name__}, expected an nn.Module")
         if index == count:
-            break
+            fail(ArgumentError, "MW112", f"expected {count} models, got more")
         yield model
         del model
         index += 1
-    else:
-        if count is None or index == count:
-            return
-    fail(ArgumentError, "MW112", f"expected {count} models, got {'fewer' if index < count else 'more'}")
+    if count is not None and index < count:
+        fail(ArgumentError, "MW112", f"expected {count} models, got {index}")
 
 
 def _overlaps(tensors: dict[str, torch.Tensor]) -> list[str]:

@@ -57,7 +57,7 @@ class Computed(Attribute):
         values = {**_hidden(kind), self.key: value}
         if value is ABSENT:
             del values[self.key]
-        base = kind.__base__ if _hidden(kind) else kind
+        base = kind.__mro__[1] if _hidden(kind) else kind
         self.owner.__class__ = type(kind.__name__, (base,), {_MARK: values, **values}) if values else base
 
 

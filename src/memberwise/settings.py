@@ -49,8 +49,8 @@ def _of_one(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in vars(module).items():
         if not _passed_over(name):
             yield from _entries(name, value, DEPTH)
-    hooks = tuple(filter(None, map(qualified_name, forward_hooks(module))))
-    yield "(forward hooks)", hooks
+    hooks = filter(None, map(qualified_name, forward_hooks(module)))
+    yield "(forward hooks)", ", ".join(hooks) or "none"
 
 
 def _passed_over(name: str) -> bool:

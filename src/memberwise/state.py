@@ -79,8 +79,8 @@ def unstack_module_state(
     members: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
     for name, stacked in (*params.items(), *buffers.items()):
         names = saved(known.key(name) if known and name in known.tensors else name)
-        for member, tensor in zip(members, stacked.detach().unbind() if names else (), strict=bool(names)):
-            member.update(dict.fromkeys(names, tensor.clone()))
+        for member, tensor in zip(members, stacked.detach().unbind(), strict=True):
+            member.update(dict.fromkeys(names, tensor.clone()) if names else {})
     return members
 
 

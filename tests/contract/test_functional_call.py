@@ -73,6 +73,11 @@ def test_arguments(call, args, kwargs) -> None:
     assert_untouched(model, before)
 
 
+def test_what_is_not_a_module_is_named() -> None:
+    with pytest.raises(KindError, match=r"expected an nn\.Module to call, got a function\. \[MW110\]"):
+        functional_call(snapshot, {})
+
+
 @BOTH
 def test_a_list_is_one_argument(call) -> None:
     class Sum(nn.Module):

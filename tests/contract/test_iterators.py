@@ -172,9 +172,9 @@ def test_a_container_that_makes_its_models_on_the_way() -> None:
     assert stack_module_state(Lengthy(4, 4))[0]["weight"].shape == (4, 3, 4)
 
 
-@pytest.mark.parametrize(("makes", "word"), [(3, "fewer"), (5, "more")])
-def test_a_container_that_miscounts_is_refused(makes: int, word: str) -> None:
-    with pytest.raises(ArgumentError, match=rf"expected 4 models, got {word}\. \[MW112\]"):
+@pytest.mark.parametrize(("makes", "found"), [(3, "3"), (5, "more")])
+def test_a_container_that_miscounts_is_refused(makes: int, found: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"expected 4 models, got {found}\. \[MW112\]"):
         stack_module_state(Lengthy(4, makes))
 
 
