@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -16,6 +16,7 @@ from memberwise.optim.adoption import count_members, is_shared
 from memberwise.optim.values import Hyper, accept, numbers, plain
 
 
+@runtime_checkable
 class HasParameters(Protocol):
     """A stack, or any module."""
 
@@ -70,7 +71,8 @@ def clip_grad_norm_(
 def _listed(parameters: torch.Tensor | Iterable[torch.Tensor] | HasParameters) -> list[torch.Tensor]:
     if isinstance(parameters, torch.Tensor):
         return [parameters]
-    found = list(parameters if isinstance(parameters, Iterable) else parameters.parameters())
+    # A stack is an iterable too: of its members.
+    found = list(parameters.parameters() if isinstance(parameters, HasParameters) else parameters)
     if not found:
         warnings.warn(text("MW412", "there are no parameters to clip"), StackWarning, stacklevel=4)
     return found
