@@ -20,7 +20,7 @@ from memberwise.engine.outputs import bad, check_out_dims, outputs
 from memberwise.engine.parting import in_parts, parts
 from memberwise.engine.signals import Retreat
 from memberwise.engine.tensor import MemberTensor
-from memberwise.errors import EngineError, fail
+from memberwise.errors import EngineError, MemberwiseError, fail
 
 
 @uncompiled
@@ -102,8 +102,9 @@ def _run_chunk(func: Callable[..., Any], arguments: Arguments, out_dims: Any, ra
         except Retreat as signal:
             if signal.region is not region:
                 raise
-            if not retreat.to_module(signal, arguments):
-                return retreat.by_members(func, arguments, out_dims, region, signal)
+            reason = signal
+        if not retreat.to_module(reason, arguments):
+            return retreat.by_members(func, arguments, out_dims, region, reason)
 
 
 def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, region: Region) -> Any:
@@ -129,6 +130,12 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
     except Retreat:
         retreat.undo(region, swaps)
         raise
+    except Exception as error:
+        retreat.undo(region, swaps)
+        if isinstance(error, MemberwiseError) or retreat.is_lone(error, swaps):
+            raise
+        what = f"{type(error).__name__} in the stacked run: {error}"
+        raise Retreat(what, region).with_traceback(error.__traceback__) from error
     except BaseException:
         for slots, swap in swaps:
             slots.restore(swap)

@@ -37,12 +37,16 @@ def _memory(name: str) -> Callable[..., Any]:
     """Memory itself: one member's, so only a run by members can give it."""
 
     def handler(member: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(member, MemberTensor) and not member._batched and not member._outside:
+        if name in _GIVES and isinstance(member, MemberTensor) and not member._batched and not member._outside:
             return getattr(member._inner, name)(*args, **kwargs)
         found = member if isinstance(member, MemberTensor) else next(a for a in args if isinstance(a, MemberTensor))
         return part_ways(found._region, f"Tensor.{name} hands out one member's memory")
 
     return handler
+
+
+_GIVES = frozenset(("numpy", "__array__", "data_ptr", "untyped_storage", "storage", "__dlpack__"))
+"""What only gives memory out: a tensor made inside, and equal in all members, gives its own."""
 
 
 def _format(member: Any, spec: str) -> str:
