@@ -96,11 +96,11 @@ def alone(
 
 
 def backward_alone(outs: Sequence[Any], member: int, size: int) -> None:
-    """Backward from all of one member's outputs, each with this member's part of a fixed gradient."""
+    """Backward from all of one member's outputs, each with a copy of this member's part of a fixed gradient."""
     wanted = [(k, out) for k, out in enumerate(outs) if isinstance(out, torch.Tensor) and out.requires_grad]
     if wanted:
         whole = [cotangent(out.new_empty((size, *out.shape)), k) for k, out in wanted]
-        torch.autograd.backward([out for _, out in wanted], [w[member] for w in whole])
+        torch.autograd.backward([out for _, out in wanted], [w[member].clone() for w in whole])
 
 
 def stacked(column: list[Any]) -> Any:
