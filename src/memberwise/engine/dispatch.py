@@ -29,7 +29,7 @@ def on_dispatch(func: Any, args: Any, kwargs: Any, region: Region | None = None)
         out = _quick(op, args, region)
         if out is not None:
             return out
-    if op.moves_in_place and isinstance(args[0], MemberTensor):
+    if op.moves_in_place and not op.swaps_memory and isinstance(args[0], MemberTensor):
         return _move_in_place(func, args, kwargs or {}, region)
     call = Call(op, region)
     call.unwrap(args, kwargs or {})
@@ -189,6 +189,8 @@ class Call:
             for tensor in self.plain:
                 if tensor.requires_grad:
                     region.watch(tensor)
+        if op.swaps_memory and self.member is not None:
+            part_ways(region, f"{op.name} gives a tensor other memory")
         if op.is_host and self.batched:
             return ladder.agreement(op, region, self.values, self.dims, self.kwargs)
         draws = op.is_random and ladder.draws_apart(op, region, self.batched, self.values, self.kwargs)

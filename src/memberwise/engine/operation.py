@@ -23,6 +23,7 @@ class Operation:
         is_view: whether the results alias the first argument.
         is_random: whether it draws.
         is_host: whether it returns a value to the host.
+        swaps_memory: whether it gives a tensor other memory.
         moves_in_place: whether it changes the shape or strides of its argument (`squeeze_`).
         quick: whether a rule may be tried with no further look.
         lone_contiguous: whether its lone result is contiguous, whatever the arguments.
@@ -37,6 +38,7 @@ class Operation:
     is_random: bool
     is_host: bool
     moves_in_place: bool = False
+    swaps_memory: bool = False
     lone_contiguous: bool = False
     quick: bool = False
 
@@ -89,5 +91,6 @@ def _read(func: Any) -> Operation:
         torch.Tag.nondeterministic_seeded in func.tags,
         torch.Tag.data_dependent_output in func.tags,
         torch.Tag.inplace_view in func.tags,
+        schema.name == "aten::set_",
         func in LONE_CONTIGUOUS,
     )
