@@ -64,7 +64,32 @@ def _as_alone(op: Operation, out: Any, values: Any, dims: Any, kwargs: Any) -> A
     """torch's batching may leave a member's part in another memory order than the lone result's."""
     if _is_contiguous(out) and all(_is_contiguous(value) for value in values):
         return out
-    return _relaid(out, lone_strides(op.func, values, dims, kwargs))
+    key = (op.func, _geometry(values, dims), tuple(kwargs), _geometry(list(kwargs.values()), [None] * len(kwargs)))
+    try:
+        known = _STRIDES.get(key, _STRIDES)
+    except TypeError:  # an argument that has no hash
+        return _relaid(out, lone_strides(op.func, values, dims, kwargs))
+    if known is _STRIDES:
+        if len(_STRIDES) > _MOST_STRIDES:
+            _STRIDES.clear()
+        known = _STRIDES[key] = lone_strides(op.func, values, dims, kwargs)
+    return _relaid(out, known)
+
+
+_STRIDES: dict[Any, Any] = {}
+"""What `lone_strides` found: the meta device takes milliseconds where torch computes shapes in Python."""
+_MOST_STRIDES = 10_000
+
+
+def _geometry(values: Any, dims: Any) -> Any:
+    return tuple(
+        (value.shape, value.stride(), value.dtype, dim)
+        if isinstance(value, torch.Tensor)
+        else _geometry(value, dim if isinstance(dim, list) else [dim] * len(value))
+        if isinstance(value, list | tuple)
+        else value
+        for value, dim in zip(values, dims, strict=True)
+    )
 
 
 def _is_contiguous(value: Any) -> bool:
