@@ -28,6 +28,7 @@ class Arguments:
     Attributes:
         leaves, dims: each leaf, and where its member axis is; a `Slots` stands for a stack.
         build: puts leaves back into `(args, kwargs)`.
+        slots: the stacks among the leaves.
         size: M.
     """
 
@@ -37,17 +38,21 @@ class Arguments:
         self.leaves = leaves
         self.dims = dims
         self.build = build
+        self.slots = [leaf for leaf in leaves if type(leaf) is Slots]
         self.size = _size(leaves, dims) if size is None else size
 
     def enter(self, region: Region) -> tuple[list[Any], list[tuple[Slots, Swap]]]:
         """Leaves as code inside sees them."""
-        inside = list(self.leaves)
+        inside = self.leaves.copy()
         swaps: list[tuple[Slots, Swap]] = []
         places = [k for k, leaf in enumerate(inside) if isinstance(leaf, torch.Tensor)]
-        tensors = [_first(inside[k], self.dims[k]) for k in places]
-        entered = enter(tensors, [self.dims[k] is not None for k in places], region)
-        for k, member in zip(places, entered, strict=True):
-            inside[k] = member
+        if places:
+            tensors = [_first(inside[k], self.dims[k]) for k in places]
+            entered = enter(tensors, [self.dims[k] is not None for k in places], region)
+            for k, member in zip(places, entered, strict=True):
+                inside[k] = member
+        if not self.slots:
+            return inside, swaps
         try:
             for k, leaf in enumerate(inside):
                 if isinstance(leaf, Slots):
@@ -59,13 +64,10 @@ class Arguments:
             raise
         return inside, swaps
 
-    @property
-    def slots(self) -> list[Slots]:
-        """The stacks among the leaves."""
-        return [leaf for leaf in self.leaves if isinstance(leaf, Slots)]
-
     def streams(self) -> Sequence[torch.Generator] | None:
         """The random streams that the stacks among the leaves bring along: one a member, or None."""
+        if len(self.slots) < 2:
+            return self.slots[0].generators if self.slots else None
         found = [slots.generators for slots in self.slots if slots.generators is not None]
         if any([*map(id, streams)] != [*map(id, found[0])] for streams in found):
             what = "vmap: the stacks bring different random streams, and a member has one"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
     push_mode(region)
     try:
         try:
-            with retreat.modules_by_members(swaps, region), recomputed_inside(again.Surroundings(region, swaps)):
+            with _by_members(swaps, region), recomputed_inside(again.Surroundings(region, swaps)):
                 args, kwargs = arguments.build(inside)
                 out = func(*args, **kwargs)
         finally:
@@ -145,6 +146,15 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
         region.forget()
     _sum_leaf_gradients(region)
     return result
+
+
+_NO_MODULES = nullcontext()
+
+
+def _by_members(swaps: retreat.Swaps, region: Region) -> AbstractContextManager[None]:
+    """Where modules are known to part ways, they run member by member."""
+    known = [slots for slots, _ in swaps if slots.retreats]
+    return retreat.modules_by_members(swaps, region) if known else _NO_MODULES
 
 
 def _sum_leaf_gradients(region: Region) -> None:

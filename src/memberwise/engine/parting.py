@@ -28,7 +28,7 @@ class Part:
 def parts(arguments: Arguments, chunk_size: int | None) -> list[Part] | None:
     """How a call is split, or None if all members run at once."""
     stacks = arguments.slots
-    if not any(slots.apart for slots in stacks):
+    if not any([slots.apart for slots in stacks]):
         if chunk_size is None or chunk_size >= arguments.size:
             return None
         return list(_chunks([*range(arguments.size)], chunk_size, (None,) * len(stacks)))

@@ -22,6 +22,8 @@ from memberwise.engine.crossing import enter, leave
 from memberwise.engine.tensor import MemberTensor
 from memberwise.trees import tree_leaves, tree_map
 
+_NONE = id(None)
+
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """What every module has; a module's own attributes are the others."""
 
@@ -44,7 +46,8 @@ class Swap:
     originals: list[Any]
     members: list[Any]
     attributes: list[tuple[nn.Module, dict[str, Any]]]
-    recurrent: list[tuple[nn.Module, dict[str, Any]]]
+    recurrent: list[tuple[nn.RNNBase, dict[str, Any]]]
+    carried: dict[tuple[nn.Module, str], Any]
 
 
 class Slots:
@@ -94,6 +97,8 @@ class Slots:
                 for name in owner:
                     key = f"{prefix}.{name}" if prefix else name
                     self._places.append(Place(owner, name, key, key in self.shared, owner is module._parameters))
+        self._entries = [(place.owner, place.name) for place in self._places]
+        self._stacked = [not place.shared for place in self._places]
         self._owners = [owner for module in self._modules for owner in (module._parameters, module._buffers)]
         self._children = [module._modules for module in self._modules]
         self._lengths = [*map(len, self._owners)]
@@ -128,55 +133,65 @@ class Slots:
     def enter(self, region: Region) -> Swap:
         """Show member tensors in every place; one object, where one object stood (ties)."""
         places = self.places
-        originals = [place.owner[place.name] for place in places]
-        unique: dict[int, int] = {}
-        tensors: list[torch.Tensor] = []
-        stacked: list[bool] = []
-        for place, original in zip(places, originals, strict=True):
-            if original is not None and id(original) not in unique:
-                unique[id(original)] = len(tensors)
-                tensors.append(original)
-                stacked.append(not place.shared)
-        members = entered = enter(tensors, stacked, region)
-        if len(tensors) != len(originals):
-            members = [None if one is None else entered[unique[id(one)]] for one in originals]
-        recurrent = [(module, kept_lists(module) or {}) for module in self._recurrent]
+        originals = [owner[name] for owner, name in self._entries]
+        if not originals:
+            members: list[Any] = originals
+        elif len({*map(id, originals), _NONE}) > len(originals):
+            members = enter(originals, self._stacked, region)
+        else:
+            members = self._enter_tied(originals, region)
+        recurrent = [(module, kept_lists(module)) for module in self._recurrent]
+        attributes = [(module, module.__dict__.copy()) for module in self.watched_modules()]
         for place, member in zip(places, members, strict=True):
             if member is not None:
                 if place.is_parameter:
                     member._is_param = True  # isinstance(weight, nn.Parameter) holds inside, as it does alone
                 place.owner[place.name] = member
-        if self.carried:
-            self._carry_in(region)
-        attributes = [(module, module.__dict__.copy()) for module in self.watched_modules()]
-        return Swap(originals, members, attributes, recurrent)
+        return Swap(originals, members, attributes, recurrent, self._carry_in(region) if self.carried else {})
 
-    def _carry_in(self, region: Region) -> None:
+    def _enter_tied(self, originals: list[Any], region: Region) -> list[Any]:
+        """Member tensors where some places hold one object, or none."""
+        unique = {id(one): one for one in originals if one is not None}
+        stacked = {id(one): held for one, held in zip(originals, self._stacked, strict=True)}
+        entered = enter([*unique.values()], [stacked[key] for key in unique], region)
+        members = dict(zip(unique, entered, strict=True))
+        return [members.get(id(one)) for one in originals]
+
+    def _carry_in(self, region: Region) -> dict[tuple[nn.Module, str], Any]:
         """Show the tensors that a former call left in attributes as member tensors again."""
+        shown = {}
         for (module, name), kept in self.carried.items():
             if module.__dict__.get(name) is kept:
-                module.__dict__[name] = tree_map(lambda leaf: _as_member(leaf, region), kept)
+                shown[module, name] = tree_map(lambda leaf: _as_member(leaf, region), kept)
+                module.__dict__[name] = shown[module, name]
+        return shown
 
     def leave(self, swap: Swap, region: Region) -> None:
         """Put the stacked tensors back; what the module assigned to a place or an attribute is kept, stacked."""
-        for place, original, member in zip(self._places, swap.originals, swap.members, strict=True):
-            now = place.owner.get(place.name)
+        for (owner, name), original, member in zip(self._entries, swap.originals, swap.members, strict=True):
+            now = owner.get(name)
             if now is member:
-                place.owner[place.name] = original
+                owner[name] = original
             elif isinstance(now, torch.Tensor):
-                place.owner[place.name] = leave(now, region)
+                owner[name] = leave(now, region)
         for module, lists in swap.recurrent:
             put_back(module, lists)
         for module, before in swap.attributes:
             now = module.__dict__
-            if self.carried or len(now) != len(before) or not all(map(is_, now.values(), before.values())):
+            if len(now) != len(before) or not all(map(is_, now.values(), before.values())):
                 for name in now.keys() - MODULE_ATTRIBUTES:
-                    if before.get(name) is not now[name] or (module, name) in self.carried:
-                        self._carry_out(module, name, now[name], region)
+                    if before.get(name) is not now[name]:
+                        self._leave_attribute(module, name, swap, region)
+
+    def _leave_attribute(self, module: nn.Module, name: str, swap: Swap, region: Region) -> None:
+        value = module.__dict__[name]
+        if swap.carried.get((module, name), swap) is value:
+            module.__dict__[name] = self.carried[module, name]  # as it came in
+        else:
+            self._carry_out(module, name, value, region)
 
     def _carry_out(self, module: nn.Module, name: str, value: Any, region: Region) -> None:
-        if not isinstance(value, torch.Tensor | list | tuple | dict):
-            return
+        self.carried.pop((module, name), None)
         if any(isinstance(leaf, MemberTensor) for leaf in tree_leaves(value)):
             kept = tree_map(lambda leaf: leave(leaf, region) if isinstance(leaf, MemberTensor) else leaf, value)
             module.__dict__[name] = kept
