@@ -33,7 +33,8 @@ class Guards:
         read = [row for row in rows if row.places]
         self._getters = [row.getter for row in read]
         self._holders = [row.holder for row in read]
-        sized = [row for row in rows if row.size >= 0]
+        self._empty = [row.holder for row in rows if row.size == 0]
+        sized = [row for row in rows if row.size > 0]
         self._sized = [row.holder for row in sized]
         self._sizes = [row.size for row in sized]
         self._values: list[Any] = []
@@ -47,8 +48,10 @@ class Guards:
         """Whether each value is the object it was."""
         try:
             now = chain.from_iterable(map(operator.call, self._getters, self._holders))
-            return all(map(operator.is_, chain(now, (None,)), self._values)) and (
-                list(map(len, self._sized)) == self._sizes
+            return (
+                all(map(operator.is_, chain(now, (None,)), self._values))
+                and list(map(len, self._sized)) == self._sizes
+                and not any(self._empty)
             )
         except (LookupError, AttributeError, ValueError):
             return False

@@ -101,6 +101,7 @@ class Reach:
         self._seen: dict[int, Any] = {}
         self._pending = collections.deque((label, value, None) for label, value in roots)
         self._classes: set[type] = set()
+        self._held: set[tuple[int, Any]] = set()
         self._watched = 0
         self._walk()
 
@@ -122,6 +123,8 @@ class Reach:
 
     def _hold(self, holder: Any, places: list[Place], size: int = -1, *, follow: bool = True) -> None:
         """Watch the values at `places`, all in `holder`, and follow them."""
+        places = [place for place in places if (id(holder), place.key) not in self._held]
+        self._held |= {(id(holder), place.key) for place in places}
         if not places and size < 0:
             return
         self._watched += len(places)
@@ -245,7 +248,8 @@ class Reach:
             return
         own = getattr(value, "__dict__", None)
         if own is not None:
-            self._entries(own, list(own), label, sized=True)
+            ours = _root(type(value).__module__) == "memberwise"  # what is private there is derived from the rest
+            self._entries(own, [key for key in own if not (ours and key.startswith("_"))], label, sized=not ours)
         slots = [name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)]
         self._hold(value, [Attribute(value, name, f"{label}.{name}") for name in slots])
         self._class(label, type(value))
