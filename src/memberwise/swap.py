@@ -69,7 +69,9 @@ class Swap:
         try:
             values = self._values
             for name, (table, key, _) in self._entries.items():
-                table[key] = values[name]
+                value = table[key] = values[name]
+                if isinstance(originals.entries[name], nn.Parameter) and hasattr(value, "stands_for_members"):
+                    value._is_param = True  # isinstance(weight, nn.Parameter) holds for a member as it does alone
             for name, attribute in self._attributes.items():
                 attribute.write(values[name])
         except BaseException:

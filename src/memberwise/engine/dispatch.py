@@ -17,6 +17,7 @@ from memberwise.engine.ambient import Region
 from memberwise.engine.layout import promote, relatives, settle
 from memberwise.engine.operation import Operation, describe
 from memberwise.engine.signals import Decline, part_ways
+from memberwise.rules.registry import PLAIN
 from memberwise.engine.tensor import MemberTensor, wrap, wrap_contiguous, wrap_unbatched, wrap_view
 
 
@@ -66,19 +67,24 @@ def _quick(op: Operation, args: Any, region: Region | None) -> Any:
     out = op.rule(region, dims, *values)
     if type(out) is Decline:
         return None
-    out, out_dims = out
-    if out_dims != 0 or type(out) is not torch.Tensor:
-        return None if not op.is_view else _wrap_views(out, source)
-    if op.is_view:
-        return wrap_view(out, source)
-    return wrap_contiguous(out, region) if op.lone_contiguous else wrap(out, region)
+    return _wrap(*out, op, region, source if op.is_view else None)
 
 
 _SCALARS = frozenset((int, float, bool, type(None), torch.dtype))
 
 
-def _wrap_views(out: Any, source: MemberTensor) -> Any:
-    return [wrap_view(entry, source) for entry in out] if isinstance(out, list | tuple) else None
+def _wrap(out: Any, dims: Any, op: Operation, region: Region, source: Any, differs: bool = False) -> Any:
+    """Results as member tensors: views of `source`, or new; `differs` says that an argument's order did."""
+    if isinstance(out, torch.Tensor):
+        if source is not None:
+            return wrap_view(out, source)
+        if dims == 0:
+            return wrap_contiguous(out, region) if differs or op.lone_contiguous else wrap(out, region)
+        return out if dims is PLAIN else wrap_unbatched(out, region)
+    if isinstance(out, list | tuple):
+        each = dims if isinstance(dims, list | tuple) else [dims] * len(out)
+        return type(out)([_wrap(one, at, op, region, source, differs) for one, at in zip(out, each, strict=True)])
+    return out
 
 
 def _move_in_place(func: Any, args: Any, kwargs: dict[str, Any], region: Region | None) -> Any:
@@ -207,7 +213,8 @@ class Call:
             return self._give_back()
         if path != "rule":
             self.differs = False  # brought into the lone result's order already
-        return self._wrap(out, dims)
+        source = self.args[0] if op.is_view and type(self.args[0]) is self.tensor_class else None
+        return _wrap(out, dims, op, region, source, self.differs)
 
     def _record(self, path: str, func: Any, *values: Any, **kwargs: Any) -> Any:
         if trace.active is None:
@@ -277,21 +284,6 @@ class Call:
         """Return the written arguments themselves, as an in-place operation does."""
         found = tuple(self._argument(place) for place in self.op.returned if place is not None)
         return found[0] if len(found) == 1 else found
-
-    def _wrap(self, out: Any, dims: Any) -> Any:
-        op = self.op
-        if isinstance(out, torch.Tensor):
-            if dims is None:
-                return wrap_unbatched(out, self.region)  # type: ignore[arg-type] # checked in run
-            if op.is_view and type(self.args[0]) is self.tensor_class:
-                return wrap_view(out, self.args[0])
-            if self.differs or op.lone_contiguous:
-                return wrap_contiguous(out, self.region)  # type: ignore[arg-type] # checked in run
-            return wrap(out, self.region)  # type: ignore[arg-type] # checked in run
-        if isinstance(out, list | tuple):
-            each = dims if isinstance(dims, list | tuple) else [dims] * len(out)
-            return type(out)(self._wrap(entry, dim) for entry, dim in zip(out, each, strict=True))
-        return out
 
     def _wrap_equal(self, out: Any) -> Any:
         """Wrap a result that is equal in all members: fresh, or a view of what it was made from."""

@@ -33,6 +33,7 @@ class MemberTensor(torch.Tensor):
         _origin: storage offset of `_inner` at which the member's own storage begins.
     """
 
+    stands_for_members = True
     _inner: torch.Tensor
     _region: Region
     _batched = True
