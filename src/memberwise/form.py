@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -14,11 +13,11 @@ from torch.nn.utils import parametrize
 
 from memberwise._torch.modules import is_persistent
 from memberwise.names import named
+from memberwise.places import Entry, Tree
 from memberwise.settings import settings_of
 
 
-@dataclass(frozen=True, slots=True)
-class TensorForm:
+class TensorForm(NamedTuple):
     """A parameter or buffer without its values; `shape` is None while it is uninitialised (lazy)."""
 
     kind: str
@@ -68,43 +67,38 @@ def form_of(module: nn.Module) -> Form:
     >>> form_of(nn.Linear(3, 2)).tensors["weight"].shape
     (2, 3)
     """
-    tensors: dict[str, TensorForm] = {}
-    names: dict[int, list[str]] = {}
-    for name, kind, tensor, persistent in _tensors(module):
-        tensors[name] = _tensor_form(kind, tensor, persistent)
-        names.setdefault(id(tensor), []).append(name)
+    tree = Tree(module)
+    modules = dict(module.named_modules())
     model_class, class_name = _class_of(module)
     return Form(
         model_class=model_class,
         class_name=class_name,
-        tensors=tensors,
-        ties={name: tuple(group) for group in names.values() if len(group) > 1 for name in group},
-        classes={path: _qualified_class(sub) for path, sub in module.named_modules()},
-        modes={path: sub.training for path, sub in module.named_modules()},
+        tensors={name: _tensor_form(tree.entries[name]) for name, _ in tree.tensors()},
+        ties=tree.ties,
+        classes={path: _qualified_class(sub) for path, sub in modules.items()},
+        modes={path: sub.training for path, sub in modules.items()},
         settings=settings_of(module),
     )
 
 
 def state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer of `module` once, by its first name; parameters first."""
-    found: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, _, tensor, _ in _tensors(module):
-        found.setdefault(id(tensor), (name, tensor))
-    return dict(found.values())
+    """Every parameter and buffer of `module` once, by its first name."""
+    tree = Tree(module)
+    return {name: tensor for name, tensor in tree.tensors() if tree.ties.get(name, (name,))[0] == name}
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor, bool]]:
-    """`(name, kind, tensor, persistent)` of every name, in the order of `named_parameters` and `named_buffers`."""
-    for name, tensor in module.named_parameters(remove_duplicate=False):
-        yield name, "parameter", tensor, True
-    for prefix, sub in module.named_modules(remove_duplicate=False):
-        for name, tensor in sub.named_buffers(prefix, recurse=False, remove_duplicate=False):
-            yield name, "buffer", tensor, is_persistent(sub, name.rpartition(".")[2])
-
-
-def _tensor_form(kind: str, tensor: torch.Tensor, persistent: bool) -> TensorForm:
-    shape = None if is_lazy(tensor) else tuple(tensor.shape)
-    return TensorForm(kind, shape, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad, persistent)
+def _tensor_form(entry: Entry) -> TensorForm:
+    table, key, owner = entry
+    tensor, is_parameter = table[key], table is owner._parameters
+    return TensorForm(
+        kind="parameter" if is_parameter else "buffer",
+        shape=None if is_lazy(tensor) else tuple(tensor.shape),
+        dtype=tensor.dtype,
+        device=tensor.device,
+        layout=tensor.layout,
+        requires_grad=tensor.requires_grad,
+        persistent=is_parameter or is_persistent(owner, key),
+    )
 
 
 def _class_of(module: nn.Module) -> tuple[object, str]:

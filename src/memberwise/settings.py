@@ -53,6 +53,7 @@ def _of_one(module: nn.Module) -> Iterator[tuple[str, Any]]:
     yield "(forward hooks)", ", ".join(hooks) or "none"
 
 
+@functools.lru_cache(1024)  # names recur in every module of every member
 def _passed_over(name: str) -> bool:
     return name.startswith("_") or name in LABELS or CACHES.search(name) is not None
 

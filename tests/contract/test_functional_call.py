@@ -19,6 +19,7 @@ from memberwise.functional import functional_call
 from memberwise.names import named
 from memberwise.state import stack_module_state
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch itself uses it, in jvp
 BOTH = pytest.mark.parametrize("call", [torch.func.functional_call, functional_call], ids=["torch", "ours"])
 
 
@@ -251,7 +252,6 @@ REFUSED: dict[Callable[..., None], tuple[type[Exception], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("wrong", REFUSED, ids=lambda wrong: wrong.__name__)
 def test_what_torch_refuses_is_refused_with_torch_s_type(wrong) -> None:
     kind, text = REFUSED[wrong]
@@ -418,6 +418,47 @@ def test_reassigned_buffers_of_a_chain_of_calls() -> None:
         assert torch.equal(functional_call(model, (params, buffers), x), lone(x))
     assert buffers["count"] == lone.count == 4
     assert buffers["total"] == lone.total
+
+
+@pytest.mark.parametrize("mapped", [torch.vmap, vmap], ids=["torch.vmap", "ours"])
+@pytest.mark.parametrize("merged", [True, False], ids=["one dict", "two dicts"])
+def test_reassigned_buffers_of_all_members(mapped, merged: bool) -> None:
+    models = [Foo() for _ in range(3)]
+    with torch.no_grad():
+        for index, model in enumerate(models):
+            model.foo.fill_(index)
+            model.count.fill_(10 * index)
+    params, buffers = stack_module_state(models)
+
+    def call(p: dict[str, torch.Tensor], b: dict[str, torch.Tensor], x: torch.Tensor) -> Any:
+        both = {**p, **b}
+        out = functional_call(models[0], both if merged else (p, b), x)
+        return out, (both if merged else b)["count"]
+
+    out, count = mapped(call)(params, buffers, torch.ones(3, 2))
+    assert out.tolist() == [[1.0, 1.0], [3.0, 3.0], [5.0, 5.0]]
+    assert count.tolist() == [1.0, 11.0, 21.0]
+    assert buffers["total"].tolist() == [2.0, 2.0, 2.0], "written in place, through the member"
+    assert models[0].count == 0
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_modules_inside_our_vmap(kind) -> None:
+    models = [kind(3, 4).double() for _ in range(3)]
+    x = torch.randn(5, 2, 3, dtype=torch.double)
+    params, _ = stack_module_state(models)
+    template = kind(3, 4).double()
+    before = snapshot(template)
+    out = vmap(lambda p: functional_call(template, p, x)[0])(params)
+    out.square().sum().backward()
+    assert_untouched(template, before)
+    assert template._flat_weights[0] is template.weight_ih_l0
+    for index, model in enumerate(models):
+        expected = model(x)[0]
+        expected.square().sum().backward()
+        torch.testing.assert_close(out[index], expected, rtol=1e-10, atol=1e-10)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(params[name].grad[index], parameter.grad, rtol=1e-10, atol=1e-10)
 
 
 def test_a_dict_that_forward_itself_changed_is_not_overwritten() -> None:

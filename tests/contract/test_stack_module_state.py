@@ -355,6 +355,30 @@ def test_meta_models_give_meta_tensors(kind) -> None:
 
 
 @pytest.mark.parametrize("kind", [list, iter])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_under_every_grad_mode(kind, mode) -> None:
+    models = [nn.BatchNorm1d(3) for _ in range(3)]
+    with mode():
+        (params, buffers), theirs = stack_module_state(kind(models)), torch.func.stack_module_state(models)
+    for mine, expected in zip((params, buffers), theirs, strict=True):
+        for name, tensor in expected.items():
+            assert torch.equal(mine[name], tensor)
+            assert mine[name].requires_grad == tensor.requires_grad
+            assert mine[name].is_inference() == tensor.is_inference()
+
+
+@pytest.mark.parametrize("kind", [list, iter])
+def test_models_made_in_inference_mode(kind) -> None:
+    with torch.inference_mode():
+        models = [nn.BatchNorm1d(3) for _ in range(3)]
+    params, buffers = stack_module_state(kind(models))
+    assert params["weight"].requires_grad
+    assert not params["weight"].is_inference()
+    params["weight"].sum().backward()
+    buffers["running_mean"].add_(1)
+
+
+@pytest.mark.parametrize("kind", [list, iter])
 def test_a_default_device_changes_nothing(kind) -> None:
     models = [nn.Linear(2, 2) for _ in range(2)]
     with torch.device("meta"):
