@@ -17,7 +17,6 @@ from memberwise.engine.ambient import Region
 from memberwise.engine.layout import promote, relatives, settle
 from memberwise.engine.operation import Operation, describe
 from memberwise.engine.signals import Decline, part_ways
-from memberwise.rules.registry import PLAIN
 from memberwise.engine.tensor import MemberTensor, wrap, wrap_contiguous, wrap_unbatched, wrap_view
 
 
@@ -80,7 +79,7 @@ def _wrap(out: Any, dims: Any, op: Operation, region: Region, source: Any, diffe
             return wrap_view(out, source)
         if dims == 0:
             return wrap_contiguous(out, region) if differs or op.lone_contiguous else wrap(out, region)
-        return out if dims is PLAIN else wrap_unbatched(out, region)
+        return wrap_unbatched(out, region)
     if isinstance(out, list | tuple):
         each = dims if isinstance(dims, list | tuple) else [dims] * len(out)
         return type(out)([_wrap(one, at, op, region, source, differs) for one, at in zip(out, each, strict=True)])

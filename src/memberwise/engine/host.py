@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from memberwise._torch.packing import pack_padded_sequence
+from memberwise.engine.packing import pack
 from memberwise.engine.signals import part_ways
 from memberwise.engine.tensor import MemberTensor
 
@@ -57,6 +59,7 @@ def _format(member: Any, spec: str) -> str:
 
 HOST: dict[Any, Callable[..., Any]] = {
     _T.tolist: _agreed(_T.tolist),
+    pack_padded_sequence: pack,
     _T.__format__: _format,
     _T.data.__set__: _memory("data"),  # type: ignore[attr-defined] # a getset descriptor
     **{getattr(_T, name): _memory(name) for name in ("numpy", "data_ptr", "untyped_storage", "set_")},

@@ -11,9 +11,6 @@ Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
 """ATen overload -> rule `(info, in_dims, *args, **kwargs) -> (out, out_dims)`, or a `Decline`."""
 
-PLAIN = "plain"
-"""An `out_dims` entry: this result is equal in all members, and C++ code will read its memory; leave it plain."""
-
 LONE_CONTIGUOUS: set[Any] = set()
 """Operations whose lone result is contiguous, whatever their arguments' layout: so is what a member sees."""
 
