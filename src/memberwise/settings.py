@@ -86,8 +86,7 @@ def _items(value: Any) -> dict[str, Any] | None:
 def _plain(value: Any, depth: int) -> Any:
     """The value in a form that `==` compares and `repr` shows, or OTHER."""
     if isinstance(value, torch.Tensor):
-        one = value.numel() == 1 and type(value) is torch.Tensor and not value.is_meta
-        return _plain(value.item(), depth) if one else OTHER
+        return _plain(value.item(), depth) if _is_one_number(value) else OTHER
     if isinstance(value, numbers.Number):
         return "nan" if isinstance(value, float) and math.isnan(value) else value
     if isinstance(value, ATOMS):
@@ -97,6 +96,11 @@ def _plain(value: Any, depth: int) -> Any:
     if isinstance(value, nn.Module):
         return OTHER
     return qualified_name(value) or OTHER
+
+
+def _is_one_number(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is a plain scalar, and not the result of a run."""
+    return type(tensor) is torch.Tensor and tensor.numel() == 1 and not tensor.is_meta and tensor.grad_fn is None
 
 
 def qualified_name(value: Any) -> str | None:

@@ -121,6 +121,7 @@ SILENT: dict[str, tuple[Any, Any]] = {
     "local functions of one name": ((lambda: scaled)(), scaled),
     "partial of objects": (functools.partial(scaled, object()), functools.partial(scaled, object())),
     "tensors": (torch.zeros(3), torch.ones(3)),
+    "results of a run": (torch.ones((), requires_grad=True) * 2, torch.ones((), requires_grad=True) * 3),
     "meta scalar": (torch.zeros((), device="meta"), torch.ones((), device="meta")),
     "generators": (torch.Generator(), torch.Generator().manual_seed(3)),
     "modules": (nn.Linear(1, 1), nn.Linear(1, 1)),
