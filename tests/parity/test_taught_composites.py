@@ -1,0 +1,243 @@
+"""Lesson: a composite rule keeps autocast's dtypes, double backward, `jacrev` and each member's stream, or declines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import memberwise
+from memberwise.testing.tolerance import assert_equal
+from tests.parity.loops import check, numbers
+
+pytestmark = pytest.mark.usefixtures("composites")
+
+Layer = Callable[..., Any]
+TOKENS = torch.tensor([[0, 2, 1], [3, 3, 0]])
+LABELS = torch.tensor([1, -100, 3])
+
+
+def heads(x: torch.Tensor) -> torch.Tensor:
+    return x.view(x.shape[0], 2, -1).transpose(0, 1)
+
+
+def lstm(x: torch.Tensor, w: torch.Tensor, u: torch.Tensor, b: torch.Tensor) -> Any:
+    zeros = torch.zeros(1, 3, 2, dtype=x.dtype)
+    out, h, c = torch.lstm(x, (zeros, zeros), [w, u, b, b * 2], True, 1, 0.0, True, False, False)
+    return out, h, c
+
+
+LAYERS: dict[str, tuple[Layer, tuple[tuple[int, ...], ...]]] = {
+    "linear": (F.linear, ((3, 4), (5, 4), (5,))),
+    "linear without bias": (F.linear, ((2, 3, 4), (5, 4))),
+    "linear of a vector": (F.linear, ((4,), (5, 4), (5,))),
+    "relu": (F.relu, ((3, 4),)),
+    "linear and relu": (lambda x, w, b: F.relu(F.linear(x, w, b)), ((3, 4), (5, 4), (5,))),
+    "gelu": (F.gelu, ((3, 4),)),
+    "gelu tanh": (lambda x: F.gelu(x, approximate="tanh"), ((3, 4),)),
+    "silu": (F.silu, ((3, 4),)),
+    "softmax": (lambda x: F.softmax(x, -1), ((3, 4),)),
+    "log_softmax": (lambda x: F.log_softmax(x, 0), ((3, 4),)),
+    "layer_norm": (lambda x, w, b: F.layer_norm(x, (4,), w, b), ((3, 4), (4,), (4,))),
+    "layer_norm of two dims": (lambda x, w: F.layer_norm(x, (3, 4), w), ((2, 3, 4), (3, 4))),
+    "layer_norm bare": (lambda x: F.layer_norm(x, (4,)), ((3, 4),)),
+    "batch_norm": (lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True), ((3, 4), (4,), (4,))),
+    "batch_norm 2d": (lambda x, w: F.batch_norm(x, None, None, w, None, training=True), ((2, 4, 3, 3), (4,))),
+    "batch_norm eval": (
+        lambda x, w, m, v: F.batch_norm(x, m.detach(), v.detach().abs() + 1, w, m, training=False),
+        ((3, 4), (4,), (4,), (4,)),
+    ),
+    "group_norm": (lambda x, w: F.group_norm(x, 2, w), ((2, 4, 3), (4,))),
+    "rms_norm": (lambda x, w: F.rms_norm(x, (4,), w), ((3, 4), (4,))),
+    "embedding": (lambda w, v: F.embedding(TOKENS, w) * v, ((4, 5), (5,))),
+    "embedding padded": (lambda w, v: F.embedding(TOKENS, w, padding_idx=3) * v, ((4, 5), (5,))),
+    "attention": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), ((2, 3, 4), (2, 5, 4), (2, 5, 4))),
+    "attention causal": (
+        lambda q, k: F.scaled_dot_product_attention(heads(q), heads(k), heads(q), is_causal=True, scale=0.3),
+        ((3, 4), (3, 4)),
+    ),
+    "attention masked": (
+        lambda q, k, m: F.scaled_dot_product_attention(q, k, k, attn_mask=m),
+        ((2, 3, 4), (2, 5, 4), (3, 5)),
+    ),
+    "attention bool mask": (
+        lambda q, k: F.scaled_dot_product_attention(q, k, k, attn_mask=torch.ones(3, 5).tril().bool()),
+        ((2, 3, 4), (2, 5, 4)),
+    ),
+    "attention grouped": (
+        lambda q, k: F.scaled_dot_product_attention(q, k, k, enable_gqa=True),
+        ((1, 4, 3, 4), (1, 2, 5, 4)),
+    ),
+    "cross_entropy": (lambda x: F.cross_entropy(x, LABELS), ((3, 4),)),
+    "cross_entropy none": (lambda x: F.cross_entropy(x, LABELS, reduction="none"), ((3, 4),)),
+    "cross_entropy smooth weighted": (
+        lambda x, w: F.cross_entropy(x, LABELS, weight=w.detach().exp(), label_smoothing=0.2, reduction="sum"),
+        ((3, 4), (4,)),
+    ),
+    "cross_entropy of images": (lambda x: F.cross_entropy(x, LABELS.clamp(min=0)[None]), ((1, 4, 3),)),
+    "cross_entropy of probabilities": (lambda x, t: F.cross_entropy(x, t.softmax(-1)), ((3, 4), (3, 4))),
+    "nll_loss": (lambda x: F.nll_loss(x.log_softmax(-1), LABELS), ((3, 4),)),
+    "mse_loss": (F.mse_loss, ((3, 4), (3, 4))),
+    "bce": (lambda x, y: F.binary_cross_entropy_with_logits(x, y.sigmoid()), ((3, 4), (3, 4))),
+    "lstm": (lstm, ((2, 3, 4), (8, 4), (8, 2), (8,))),
+    "conv2d": (lambda x, w, b: F.conv2d(x, w, b, padding=1), ((2, 3, 4, 4), (4, 3, 3, 3), (4,))),
+    "conv2d grouped": (lambda x, w: F.conv2d(x, w, stride=2, groups=2), ((2, 4, 5, 5), (4, 2, 2, 2))),
+    "max_pool2d": (lambda x: F.max_pool2d(x, 2), ((2, 3, 4, 4),)),
+    "matmul": (torch.matmul, ((2, 3, 4), (4, 5))),
+    "addmm": (torch.addmm, ((3, 5), (3, 4), (4, 5))),
+    "multiply and add": (lambda x, y, z: x * y + z, ((3, 4), (4,), (3, 1))),
+}  # fmt: skip
+ONCE = ("lstm", "attention grouped")
+"""Alone, torch has no second and no forward derivative of an LSTM and of the fused attention."""
+TWICE = [name for name in LAYERS if name not in ONCE]
+
+
+def given(name: str, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    return [numbers(3, *shape, seed=k, dtype=dtype) for k, shape in enumerate(LAYERS[name][1])]
+
+
+def first(out: Any) -> torch.Tensor:
+    return out if isinstance(out, torch.Tensor) else sum(entry.sum() for entry in out)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_alone_and_with_each_argument_shared(name: str) -> None:
+    args = given(name)
+    check(LAYERS[name][0], *args)
+    for shared in range(len(args)):
+        if len(args) == 1:
+            continue
+        own = [t[0].detach().requires_grad_() if k == shared else t for k, t in enumerate(args)]
+        check(LAYERS[name][0], *own, in_dims=[None if k == shared else 0 for k in range(len(args))])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_only_one_argument_requires_grad(name: str) -> None:
+    """Which gradients are asked for is decided a call: none too many, none too few."""
+    args = given(name)
+    for k, wanted in enumerate(args):
+        own = [t.detach().requires_grad_(t is wanted) for t in args]
+        check(
+            LAYERS[name][0], *own, gradients=name not in ("batch_norm eval", "cross_entropy smooth weighted") or k == 0
+        )
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_members_not_contiguous(name: str) -> None:
+    args = [t.detach().movedim(0, -1).contiguous().movedim(-1, 0).requires_grad_() for t in given(name)]
+    check(LAYERS[name][0], *args)
+    check(LAYERS[name][0], *[t.detach().movedim(0, -1) for t in given(name)], in_dims=-1, gradients=False)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_without_grad(name: str) -> None:
+    def func(*own: torch.Tensor) -> Any:
+        with torch.no_grad():
+            return LAYERS[name][0](*own)
+
+    check(func, *given(name), gradients=False)
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_double_backward_inside(name: str) -> None:
+    """A gradient penalty: the gradient's gradient reaches every argument."""
+
+    def func(*own: torch.Tensor) -> Any:
+        out = first(LAYERS[name][0](*own)).sin()
+        grads = torch.autograd.grad(out.sum(), own, create_graph=True, allow_unused=True)
+        return sum(grad.pow(2).sum() for grad in grads if grad is not None) + out.sum()
+
+    check(func, *given(name))
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_double_backward_outside(name: str) -> None:
+    args, lone_args = given(name), given(name)
+    ours = first_order(memberwise.vmap(LAYERS[name][0])(*args), args)
+    lone = first_order([LAYERS[name][0](*own) for own in zip(*lone_args, strict=True)], lone_args)
+    for mine, theirs in zip(second_order(ours, args), second_order(lone, lone_args), strict=True):
+        assert (mine is None) == (theirs is None)
+        if theirs is not None:
+            assert_equal(mine, theirs)
+
+
+def first_order(outs: Any, args: list[torch.Tensor]) -> list[torch.Tensor]:
+    outs = [outs] if isinstance(outs, torch.Tensor) else outs
+    total = sum(first(out).sin().sum() for out in outs)
+    grads = torch.autograd.grad(total, args, create_graph=True, allow_unused=True)
+    return [grad for grad in grads if grad is not None and grad.requires_grad]
+
+
+def second_order(grads: list[torch.Tensor], args: list[torch.Tensor]) -> Any:
+    return torch.autograd.grad(sum(grad.pow(2).sum() for grad in grads), args, allow_unused=True)
+
+
+TRANSFORMS: dict[str, Callable[[Layer, int], Callable[..., Any]]] = {
+    "jacrev": lambda f, n: torch.func.jacrev(f, argnums=tuple(range(n))),
+    "jacfwd": lambda f, n: torch.func.jacfwd(f),
+    "grad": lambda f, n: torch.func.grad(lambda *own: f(*own).sum(), argnums=tuple(range(n))),
+    "jvp": lambda f, n: lambda *own: torch.func.jvp(f, own, own),
+    "vjp": lambda f, n: lambda *own: torch.func.vjp(f, *own)[1](f(*own)),
+    "autograd jacobian": lambda f, n: lambda *own: torch.autograd.functional.jacobian(f, own, create_graph=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("transform", "name"),
+    [(transform, name) for name in LAYERS for transform in (("jacrev", "grad", "vjp") if name in ONCE else TRANSFORMS)],
+)
+def test_below_a_transform(transform: str, name: str) -> None:
+    func = TRANSFORMS[transform](lambda *own: first(LAYERS[name][0](*own)), len(LAYERS[name][1]))
+    check(func, *[t.detach() for t in given(name)], gradients=False)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_autocast_dtypes(name: str) -> None:
+    """The dtype of every output and of every gradient is the lone one; values within the table."""
+    layer = LAYERS[name][0]
+    seen: list[Any] = []
+
+    def func(*own: torch.Tensor) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outs = layer(*own)
+        outs = [outs] if isinstance(outs, torch.Tensor) else list(outs)
+        seen.append([out.dtype for out in outs])
+        return [out.bfloat16() for out in outs]
+
+    args = given(name, torch.float32)
+    out = memberwise.vmap(func)(*args)
+    torch.autograd.backward(out, [torch.ones_like(o) for o in out])
+    for i in range(3):
+        own = [t[i].detach().requires_grad_() for t in args]
+        lone = func(*own)
+        torch.autograd.backward(lone, [torch.ones_like(o) for o in lone])
+        for mine, theirs in zip(out, lone, strict=True):
+            assert_equal(mine[i], theirs)
+        for k, t in enumerate(own):
+            if t.grad is not None and name != "batch_norm":
+                assert args[k].grad.dtype == t.grad.dtype
+                assert_equal(args[k].grad[i].bfloat16(), t.grad.bfloat16(), f"gradient {k}")
+    assert all(entry == seen[1] for entry in seen)
+
+
+@pytest.mark.parametrize("p", [0.3, 1.0])
+def test_draws_in_attention_and_lstm(p: float) -> None:
+    check(
+        lambda q, k: F.scaled_dot_product_attention(q, k, k, dropout_p=p),
+        numbers(3, 2, 3, 4),
+        numbers(3, 2, 5, 4, seed=1),
+        seeds=[4, 5, 6],
+        gradients=p < 1,
+    )
+    check(
+        lambda x: F.dropout(F.linear(x, x), p) + F.dropout(x @ x, p), numbers(3, 4, 4), seeds=[4, 5, 6], gradients=p < 1
+    )
+
+
+def test_lstm_dropout_between_layers() -> None:
+    torch.manual_seed(0)
+    module = torch.nn.LSTM(3, 2, num_layers=3, dropout=0.5, bidirectional=True).double().train()
+    check(lambda x: module(x)[0] + torch.rand(1), numbers(3, 4, 2, 3), seeds=[4, 5, 6])
