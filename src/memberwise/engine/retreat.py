@@ -125,7 +125,7 @@ def _forward_by_members(
                     error._raised_alone_in = module  # type: ignore[attr-defined] # read by is_lone
                     raise
                 turns.collect()
-    result = stack_outputs(outs, lambda stacked: enter([stacked], [True], region)[0], region)
+        result = stack_outputs(outs, lambda stacked: enter([stacked], [True], region)[0], region)
     if trace.active is not None:
         trace.active.note(type(module).__name__, "retreat", reason, trace.clock() - start)
     return result
@@ -142,9 +142,10 @@ def function_by_members(func: Callable[..., Any], reason: str, args: Any, kwargs
             own_args, own_kwargs = rebuild([column[i] for column in inputs])
             with _stream(region, i):
                 outs.append(func(*own_args, **own_kwargs))
+        result = stack_outputs(outs, lambda stacked: enter([stacked], [True], region)[0], region)
     if trace.active is not None:
         trace.active.note(func.__name__, "loop", reason, trace.clock() - start)
-    return stack_outputs(outs, lambda stacked: enter([stacked], [True], region)[0], region)
+    return result
 
 
 def _slots_inside(module: nn.Module) -> Slots:
