@@ -131,7 +131,8 @@ def _unfounded(row: dict[str, Any], rounds: int) -> Iterator[str]:
         if figure["status"] != "timed" and not figure["why"]:
             yield f"{where}: {figure['status']}, and no word why"
     for ratio in row["ratios"]:
-        if ratio["faster"] != faster(samples[ratio["of"]], samples[ratio["to"]]):
+        mine, others = samples.get(ratio["of"]), samples.get(ratio["to"])
+        if not mine or not others or ratio["faster"] != faster(mine, others):
             yield f"{row['row']}: the ratio of {ratio['of']} to {ratio['to']} is not that of their samples"
 
 
