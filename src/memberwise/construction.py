@@ -90,7 +90,7 @@ def build(
     )
     out = _made(gathered, attributes)
     place = next(out.parameters(), next(out.buffers(), torch.empty(0))).device
-    out.generators = streams if place.type == "cpu" else make_generators(numbers, place)
+    out.generators = streams if place.type in ("cpu", "meta") else make_generators(numbers, place)
     return out
 
 

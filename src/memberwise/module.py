@@ -21,7 +21,7 @@ from memberwise.views import MemberView, clones_in_state_dict
 
 _SHARED_WITH_TEMPLATE = (
     *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
-    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"),
 )
 """What of a module is one object in a stack and in its template: so torch's own code works on both."""
 
@@ -71,6 +71,8 @@ class Stack(nn.Module):
         slots = Slots(template, frozenset(shared), members)
         vars(self).update(_template=template, _slots=slots, _attributes=attributes)
         vars(self)["_version"] = template._version
+        self._load_state_dict_post_hooks.update(template._load_state_dict_post_hooks)
+        self.register_load_state_dict_post_hook(_mark_again)
         self._mark_shared()
 
     # -- running
@@ -246,7 +248,6 @@ class Stack(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._template._load_from_state_dict(*args, **kwargs)
-        self._mark_shared()
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         super().__setstate__(dict(state))
@@ -289,6 +290,10 @@ def _copy(tensor: torch.Tensor, part: Callable[[torch.Tensor], torch.Tensor]) ->
     out = nn.Parameter(values, tensor.requires_grad)
     out.grad = None if tensor.grad is None else part(tensor.grad.detach()).clone()
     return out
+
+
+def _mark_again(stack: Stack, incompatible_keys: Any) -> None:
+    stack._mark_shared()  # load_state_dict(assign=True) brings other tensors
 
 
 def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -18,7 +18,6 @@ from memberwise.outcomes import Case, Outcome, alone, together, wide_dtype
 from memberwise.tables import render
 from memberwise.testing.tolerance import tolerance
 
-
 KINDS = ("output", "gradient", "buffer", "stream")
 
 
