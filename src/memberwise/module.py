@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex, overload
 
@@ -17,7 +18,7 @@ from memberwise.engine.slots import Place, Slots
 from memberwise.errors import ArgumentError, MemberIndexError, StackAttributeError, build, fail
 from memberwise.members import Memo, positions, take, take_streams
 from memberwise.trees import tree_leaves
-from memberwise.views import MemberView, clones_in_state_dict
+from memberwise.views import MemberView, make_live
 
 _SHARED_WITH_TEMPLATE = (
     *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
@@ -116,15 +117,13 @@ class Stack(nn.Module):
         """A member as a live module of its own class; of a slice, a new Stack, as `select` gives.
 
         The member's parameters and buffers are views into the stack, and so are their gradients: training it trains
-        the stack. What its own forward assigns anew to buffers or attributes stays with it. Its `state_dict()` gives
-        clones. After `stack.to(...)` a view is stale, and raises StateError [MW304].
+        the stack. What its forward leaves in plain attributes stays with it. Its `state_dict()` gives clones. After
+        `stack.to(...)` a view is stale, and raises StateError [MW304].
         """
         if isinstance(index, slice):
             return self.select(range(len(self))[index])
         member = self._position(index)
-        module = self._member(member, lambda place, _: MemberView.of(place, member))
-        clones_in_state_dict(module)
-        return module
+        return make_live(self._member(member, lambda place, _: MemberView.of(place, member)))
 
     def select(self, indices: Iterable[int] | torch.Tensor | slice) -> Stack:
         """A new Stack of these members, with their gradients and streams; members named twice become clones.
@@ -198,7 +197,7 @@ class Stack(nn.Module):
         return {id(leaf): part(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim}
 
     def _position(self, index: SupportsIndex) -> int:
-        position = index.__index__()
+        position = operator.index(index)
         if not -len(self) <= position < len(self):
             fail(MemberIndexError, "MW305", f"expected a member from 0 to {len(self) - 1}, got {position}")
         return position % len(self)

@@ -50,16 +50,22 @@ class MemberView(torch.Tensor):
     def _whole(self) -> torch.Tensor:
         """The stack's tensor; raises if this is no view of it any more."""
         whole = self._place.owner.get(self._place.name)
-        if not isinstance(whole, MemberTensor):  # inside a call of the stack it is away for a while
-            with DisableTorchFunctionSubclass():
-                if whole is None or whole.dtype != self.dtype or _memory(whole) != _memory(self):
-                    self._refuse()
+        if self._is_stale(whole):
+            self._refuse()
         return whole
 
+    def _is_stale(self, whole: Any) -> bool:
+        if isinstance(whole, MemberTensor):  # inside a call of the stack its own tensor is away for a while
+            return False
+        with DisableTorchFunctionSubclass():
+            return whole is None or whole.dtype != self.dtype or _memory(whole) != _memory(self)
+
     def _refuse(self) -> NoReturn:
-        who = "the shared" if self._member is None else f"member {self._member}:"
-        what = f"{who} '{self._place.key}' is no view of the stack any more: one of them was moved, cast or assigned"
+        what = f"{self._name()} is no view of the stack any more: one of them was moved, cast or assigned"
         fail(StateError, "MW304", what, do="Take the member from the stack again, stack[i], after such a change")
+
+    def _name(self) -> str:
+        return f"{'the shared' if self._member is None else f'member {self._member}:'} '{self._place.key}'"
 
     @property
     def grad(self) -> torch.Tensor | None:  # type: ignore[override] # torch has an attribute of C here
@@ -104,7 +110,30 @@ class MemberView(torch.Tensor):
         return nn.Parameter(values, self.requires_grad) if self._place.is_parameter else values
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"view into a stack, {'shared' if self._member is None else f'member {self._member}'}: {self.detach()!r}"
+        stale = self._is_stale(self._place.owner.get(self._place.name))
+        return f"<{self._name()} of a stack{', stale' if stale else f': {self.detach()!r}'}>"
+
+
+class MemberBuffers(dict[str, Any]):
+    """A member's buffers: what its forward assigns to one goes into the stack, as what it writes in place does.
+
+    A value with a history stays in place too, so that its gradient is not cut.
+    """
+
+    def __init__(self, buffers: dict[str, Any]) -> None:
+        super().__init__(buffers)
+        self._views = {name: buffer for name, buffer in buffers.items() if isinstance(buffer, MemberView)}
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        view = self._views.get(name)
+        if view is not None and value is not view and _fits(value, view):
+            with torch.no_grad():
+                view.copy_(value)
+            value = value if value.requires_grad else view
+        super().__setitem__(name, value)
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)  # copies are buffers of a module of its own
 
 
 def _memory(tensor: torch.Tensor) -> tuple[torch.device, int]:
@@ -135,10 +164,21 @@ def _flat(values: Any) -> Iterator[Any]:
             yield value
 
 
-def clones_in_state_dict(module: nn.Module) -> None:
-    """Let `module.state_dict()` give clones, not views that would keep (and save) the memory of all members."""
+def _fits(value: Any, view: torch.Tensor) -> bool:
+    if not isinstance(value, torch.Tensor):
+        return False
+    return value.shape == view.shape and value.dtype == view.dtype and value.device == view.device
+
+
+def make_live(module: nn.Module) -> nn.Module:
+    """A module that holds views, with what makes it one member's: see `MemberBuffers`, and state dicts of clones.
+
+    (A state dict of views would keep, and save, the memory of all members.)
+    """
     for sub in module.modules():
+        vars(sub)["_buffers"] = MemberBuffers(sub._buffers)
         sub.register_state_dict_post_hook(_clone_own)
+    return module
 
 
 def _clone_own(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
