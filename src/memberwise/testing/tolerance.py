@@ -27,6 +27,4 @@ def tolerance(dtype: torch.dtype) -> tuple[float, float]:
 def assert_equal(stacked: torch.Tensor, alone: torch.Tensor, what: str = "tensor") -> None:
     """Raise AssertionError unless both have one shape and dtype, and values within the table's tolerance."""
     rtol, atol = tolerance(alone.dtype)
-    torch.testing.assert_close(
-        stacked, alone, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text: f"{what}: {text}"
-    )
+    torch.testing.assert_close(stacked, alone, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text: f"{what}: {text}")

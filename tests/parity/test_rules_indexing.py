@@ -1,0 +1,29 @@
+"""Rules of reads and writes at indices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.parity.rule_case import RuleCase, case, of, whole
+
+_aten = torch.ops.aten
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CASES = [
+    case(_aten.gather.default, of(3, 4), 1, whole(4, 3, 2)),
+    case(_aten.scatter.src, of(3, 4), 1, whole(4, 3, 2), of(3, 2)),
+    case(_aten.scatter.value, of(3, 4), 1, whole(4, 3, 2), 2.5),
+    case(_aten.scatter_add.default, of(3, 4), 0, whole(3, 2, 4), of(2, 4)),
+    case(_aten.index_select.default, of(3, 4), 1, torch.tensor([3, 1, 1]), declines=True),
+    case(_aten.select_backward.default, of(3), [3, 4], 1, -2),
+    case(_aten.select_backward.default, of(), [3], 0, 1, name="of numbers"),
+    case(_aten.slice_backward.default, of(3, 2), [3, 4], 1, 1, 3, 1),
+    case(_aten.masked_fill.Tensor, of(3, 4), of(3, 4) > 0, of(), declines=True),
+    case(_aten.index_fill.int_Tensor, of(3, 4), 1, torch.tensor([0, 2]), of()),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rule(case: RuleCase) -> None:
+    case.check()
