@@ -117,7 +117,7 @@ def positions(indices: Iterable[int] | torch.Tensor | slice, members: int) -> to
 def _as_leaf(values: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     if isinstance(old, torch.nn.Parameter):
         leaf = torch.nn.Parameter(values, old.requires_grad)
-        leaf.__dict__.update(old.__dict__)
+        vars(leaf).update(vars(old))
         return leaf
     return values.requires_grad_()
 

@@ -131,6 +131,26 @@ def test_the_state_of_torchs_own_optimizer_can_be_loaded(name: str) -> None:
         assert_equal(params[key].detach(), twins[key].detach(), key)
 
 
+def test_state_with_other_strides_than_its_parameter() -> None:
+    """Saved by a run whose parameter was transposed; the fused kernels would pair up wrong elements."""
+    start = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    turned = start.transpose(1, 2).contiguous().transpose(1, 2)
+    ends = []
+    for first, second in ((start, start), (turned, start)):
+        weight = first.clone().requires_grad_()
+        optimizer = optim.AdamW([weight], lr=0.1)
+        weight.grad = start.sin()
+        optimizer.step()
+        saved = optimizer.state_dict()
+        weight = second.clone().requires_grad_()
+        optimizer = optim.AdamW([weight], lr=0.1)
+        optimizer.load_state_dict(saved)
+        weight.grad = start.cos()
+        optimizer.step()
+        ends.append(weight.detach())
+    assert_equal(ends[1], ends[0])
+
+
 def test_adamw_stays_adamw_when_adams_state_is_loaded() -> None:
     weight = torch.ones(2, 3, requires_grad=True)
     optimizer = optim.AdamW([weight], lr=0.1, weight_decay=1.0)

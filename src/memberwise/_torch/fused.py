@@ -6,14 +6,17 @@ much again as the kernel (MLP 32-64-64-10, M = 4: 60 us through them, 33 us here
 are documented, but carry an underscore.
 """
 
+# pyright: reportPrivateImportUsage=false  # that is what this file is for
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
-mul_ = torch._foreach_mul_
-adam_ = torch._fused_adam_
-adamw_ = torch._fused_adamw_
-sgd_ = torch._fused_sgd_
+mul_: Callable[..., None] = torch._foreach_mul_
+adam_: Callable[..., None] = torch._fused_adam_
+adamw_: Callable[..., None] = torch._fused_adamw_
+sgd_: Callable[..., None] = torch._fused_sgd_
 
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
 

@@ -1,10 +1,14 @@
-"""The hooks of an optimizer, carried over to another one.
+"""The hooks of an optimizer: whether there are any, and carrying them over to another one.
 
-Missing public way: hooks are registered one by one, and cannot be listed.
+Missing public way: hooks are registered one by one, and cannot be listed. Calling them, with a mark for a profiler, is
+what torch wraps around every `step()`; that costs 18 us, as much as the fused kernel for six small parameters.
 """
 
+# pyright: reportPrivateImportUsage=false  # that is what this file is for
 from __future__ import annotations
 
+import torch
+import torch.optim.optimizer as _optimizer
 from torch.optim.optimizer import Optimizer
 
 _KINDS = [
@@ -20,3 +24,14 @@ def copy_hooks(old: Optimizer, new: Optimizer) -> None:
     """Let `new` call what `old` calls."""
     for kind in _KINDS:
         getattr(new, kind).update(getattr(old, kind))
+
+
+def is_attended(optimizer: Optimizer) -> bool:
+    """Whether anyone waits for the optimizer's steps: a hook, or a profiler."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _optimizer._global_optimizer_pre_hooks
+        or _optimizer._global_optimizer_post_hooks
+        or torch.autograd._profiler_enabled()
+    )

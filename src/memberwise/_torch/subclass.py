@@ -6,6 +6,8 @@ it), and nothing without an underscore.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-plain_results = torch._C._disabled_torch_function_impl
+plain_results: Any = torch._C._disabled_torch_function_impl

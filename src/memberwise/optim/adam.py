@@ -10,7 +10,8 @@ from torch.optim.optimizer import ParamsT
 from memberwise._torch import fused
 from memberwise.optim import formulas
 from memberwise.optim.group import Column, Group
-from memberwise.optim.optimizer import MemberOptimizer, Row
+from memberwise.optim.optimizer import MemberOptimizer
+from memberwise.optim.stepping import Row
 from memberwise.optim.values import Hyper
 
 

@@ -38,21 +38,23 @@ def adam(
     count = step.to(lr.dtype)
     correction1 = 1 - torch.exp(count * torch.log(beta1))
     correction2 = torch.sqrt(1 - torch.exp(count * torch.log(beta2)))
-    p, g, m, v = (_working(tensor) for tensor in (param, grad, exp_avg, exp_avg_sq))
-    g = -g if maximize else g
+    p, m, v = _working(param), _working(exp_avg), _working(exp_avg_sq)
+    g = -_working(grad) if maximize else _working(grad)
     if decoupled:
-        p = p * _beside(1 - lr * weight_decay, p)
+        p.mul_(_beside(1 - lr * weight_decay, p))
     else:
         g = _decayed(g, p, weight_decay)
-    m = torch.lerp(m, g, _beside(1 - beta1, p))
-    v = v * _beside(beta2, p) + g * g * _beside(1 - beta2, p)
-    exp_avg.copy_(m)
-    exp_avg_sq.copy_(v)
+    m.lerp_(g, _beside(1 - beta1, p))
+    v.mul_(_beside(beta2, p)).add_(g * g * _beside(1 - beta2, p))
+    top = v
     if max_exp_avg_sq is not None:
-        v = torch.maximum(_working(max_exp_avg_sq), v)
-        max_exp_avg_sq.copy_(v)
-    denominator = torch.sqrt(v) / _beside(correction2, p) + _beside(eps, p)
-    param.copy_(p - _beside(lr / correction1, p) * m / denominator)
+        top = torch.maximum(_working(max_exp_avg_sq), v)
+        max_exp_avg_sq.copy_(top)
+    denominator = torch.sqrt(top).div_(_beside(correction2, p)).add_(_beside(eps, p))
+    p.sub_((m * _beside(lr / correction1, p)).div_(denominator))
+    _store(param, p)
+    _store(exp_avg, m)
+    _store(exp_avg_sq, v)
 
 
 def sgd(
@@ -80,7 +82,7 @@ def sgd(
         new = torch.where(_beside(step == 1, p), g, old * rate + g * _beside(1 - dampening, p))
         momentum_buffer.copy_(torch.where(moving, new, old))
         g = torch.where(moving, g + new * rate if nesterov else new, g)
-    param.copy_(p - g * _beside(lr, p))
+    _store(param, p.sub_(g * _beside(lr, p)))
 
 
 def _decayed(grad: torch.Tensor, param: torch.Tensor, weight_decay: torch.Tensor) -> torch.Tensor:
@@ -91,6 +93,12 @@ def _decayed(grad: torch.Tensor, param: torch.Tensor, weight_decay: torch.Tensor
 
 def _working(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in _HALF else tensor
+
+
+def _store(kept: torch.Tensor, new: torch.Tensor) -> None:
+    """Round what was computed in `_working` precision; nothing to do where that was the tensor itself."""
+    if new is not kept:
+        kept.copy_(new)
 
 
 def _beside(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

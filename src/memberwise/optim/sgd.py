@@ -12,7 +12,8 @@ from memberwise._torch import fused
 from memberwise._torch.tracing import tracing
 from memberwise.optim import formulas
 from memberwise.optim.group import Column, Group
-from memberwise.optim.optimizer import MemberOptimizer, Row
+from memberwise.optim.optimizer import MemberOptimizer
+from memberwise.optim.stepping import Row
 from memberwise.optim.values import Hyper, MemberValues, numbers
 
 

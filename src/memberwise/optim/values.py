@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -27,7 +27,7 @@ class MemberValues(torch.Tensor):
 
     __torch_function__ = plain_results
 
-    def fill_(self, value: Any) -> Self:  # type: ignore[override]  # wider than torch's: M values too
+    def fill_(self, value: Any) -> torch.Tensor:  # type: ignore[override]  # wider than torch's: M values too
         """Write one number, or one a member. Raises ArgumentError (MW401) for another number of values."""
         if not isinstance(value, torch.Tensor) or value.ndim == 0:
             return super().fill_(value)
