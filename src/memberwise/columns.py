@@ -71,13 +71,12 @@ class Growing:
         """Take the next member's tensor."""
         needed = (self._count + 1) * self._bytes
         if needed > len(self._memory):
-            self._memory = _resized(self._memory, needed + needed // 4)  # untouched pages take no memory
+            self._memory = _longer(self._memory, needed + needed // 4)  # untouched pages take no memory
         self._view(self._count, 1)[0].copy_(tensor.detach())
         self._count += 1
 
     def finish(self) -> torch.Tensor:
         """The stacked tensor, `(M, *s)`."""
-        self._memory = _resized(self._memory, self._count * self._bytes)
         return self._view(0, self._count).to(self._device)
 
     def _view(self, start: int, count: int) -> torch.Tensor:
@@ -124,13 +123,12 @@ def _empty(count: int, first: torch.Tensor, strides: tuple[int, ...]) -> torch.T
 _PRIVATE: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
-def _resized(memory: mmap.mmap, size: int) -> mmap.mmap:
+def _longer(memory: mmap.mmap, size: int) -> mmap.mmap:
     try:
         memory.resize(size)
     except SystemError:  # no mremap on this system: a larger block, and a copy
         grown = mmap.mmap(-1, size, **_PRIVATE)
-        kept = min(size, len(memory))
         with memoryview(memory) as view:
-            grown[:kept] = view[:kept]
+            grown[: len(memory)] = view
         return grown
     return memory

@@ -11,9 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from memberwise import vmap
-from memberwise.functional import functional_call
-from memberwise.state import stack_module_state
+from memberwise import functional_call, stack_module_state, vmap
 from memberwise.testing.tolerance import assert_equal
 
 NUM_MODELS, BATCH_SIZE = 5, 64
