@@ -166,7 +166,7 @@ def test_in_dims_is_a_list_like_torch_refuses_it() -> None:
 
 
 def test_keyword_arguments() -> None:
-    """As in torch a keyword tensor has its members at 0; `each` may say another place; other values pass."""
+    """As in torch a keyword tensor is shared; `each` says that it holds one entry a member; other values pass."""
     x, w = numbers(3, 4, grad=False), numbers(3, 4, 5, seed=1, grad=False)
     expected = torch.stack([func(x[i], w[i]) for i in range(3)])
     assert_equal(vmap(func)(x, w=each(w)), expected)
