@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import doctest
 import json
 import re
 import sys
@@ -483,3 +484,18 @@ def test_a_chain_with_wrong_values_is_not_timed(way: str, monkeypatch: pytest.Mo
     )
     with pytest.raises(AssertionError, match=r"torch\.vmap"):
         overhead.costs("linear", way, QUICK)
+
+
+# The pages
+
+
+@pytest.mark.parametrize("module", [intervals, render, summary], ids=lambda module: module.__name__)
+def test_the_examples_in_docstrings_run(module: Any) -> None:
+    failed, tried = doctest.testmod(module)
+    assert tried > 0 and failed == 0
+
+
+def test_the_page_names_every_file() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        assert path.name == "__init__.py" or f"`{path.name}`" in page, path.name
