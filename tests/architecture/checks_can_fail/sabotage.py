@@ -1,0 +1,247 @@
+"""Rules broken on purpose: members permuted, results dropped, gradients cut. Each must turn some test red.
+
+A mutation is put in place of one entry of the tables in `memberwise.rules.registry`, and taken out again. It knows
+whether it changed anything, so that a test which passes under one that changed nothing is not blamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from memberwise.engine.signals import Decline
+from memberwise.rules import registry
+from memberwise.rules.composite import Composite
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+MOST_ARGUMENTS = 12
+
+
+def permuted(value: torch.Tensor) -> torch.Tensor:
+    """Each member's value with its neighbour."""
+    return value.roll(1, 0)
+
+
+def dropped(value: torch.Tensor) -> torch.Tensor:
+    """Nothing in place of the value."""
+    return torch.zeros_like(value)
+
+
+@dataclass
+class Mutation:
+    """One rule, broken in one way.
+
+    Attributes:
+        target: the operation, or the torch function of a composite rule.
+        kind: what is done to it.
+        effects: how many calls it changed while it was in place.
+    """
+
+    target: Any
+    kind: str
+    put: Callable[[Mutation], contextmanager[None]]
+    effects: int = field(default=0, compare=False)
+
+    @property
+    def name(self) -> str:
+        """The broken rule by its name: an operation's, or a torch function's."""
+        return str(getattr(self.target, "_name", None) or getattr(self.target, "__name__", self.target))
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """The rule is broken inside."""
+        self.effects = 0
+        with self.put(self):
+            yield
+
+    def apply(self, change: Change, value: Any) -> Any:
+        """The changed value, if it is a tensor; counts whether it differs."""
+        if not isinstance(value, torch.Tensor) or not value.numel():
+            return value
+        new = change(value)
+        self.effects += not _equal(new, value)
+        return new
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.is_meta:
+        return False
+    return bool(((one == other) | ((one != one) & (other != other))).all())  # NaN is equal to NaN here
+
+
+@contextmanager
+def watching() -> Iterator[set[Any]]:
+    """A set to which every rule adds its target when it is used."""
+    used: set[Any] = set()
+    rules = dict(registry.RULES)
+    calls = {function: composite(rule) for function, rule in registry.COMPOSITES.items()}
+    forwards = {function: call.forward for function, call in calls.items()}
+    for op, rule in rules.items():
+        _replace(op, _noting(rule, used, op))
+    for function, call in calls.items():
+        call.forward = _noting(call.forward, used, function)
+    try:
+        yield used
+    finally:
+        for op, rule in rules.items():
+            _replace(op, rule)
+        for function, call in calls.items():
+            call.forward = forwards[function]
+
+
+def _noting(function: Callable[..., Any], used: set[Any], target: Any) -> Callable[..., Any]:
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        used.add(target)
+        return function(*args, **kwargs)
+
+    return noting
+
+
+# -- rules of single operations
+
+
+def of_rules() -> list[Mutation]:
+    """Each rule with its members permuted, and with its result dropped."""
+    return [
+        Mutation(op, kind, _broken_rule(op, change))
+        for op in registry.RULES
+        for kind, change in (("permute members", permuted), ("drop the result", dropped))
+    ]
+
+
+def _broken_rule(op: Any, change: Change) -> Any:
+    @contextmanager
+    def put(mutation: Mutation) -> Iterator[None]:
+        original = registry.RULES[op]
+
+        def broken(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> Any:
+            found = original(info, in_dims, *args, **kwargs)
+            if type(found) is Decline:
+                return found
+            out, dims = found
+            return _changed(mutation, change, out, dims, args), dims
+
+        _replace(op, broken)
+        try:
+            yield
+        finally:
+            _replace(op, original)
+
+    return put
+
+
+def _replace(op: Any, rule: Any) -> None:
+    registry.RULES[op] = rule
+    for tell in registry._listeners:
+        tell(op)
+
+
+def _changed(mutation: Mutation, change: Change, out: Any, dims: Any, args: Any) -> Any:
+    if isinstance(out, list | tuple):
+        each = dims if isinstance(dims, list | tuple) else [dims] * len(out)
+        pairs = zip(out, each, strict=True)
+        return type(out)(_changed(mutation, change, entry, dim, args) for entry, dim in pairs)
+    if dims != 0:
+        return out
+    new = mutation.apply(change, out)
+    in_place = isinstance(out, torch.Tensor) and any(out is arg for arg in args)
+    return out.copy_(new) if in_place else new
+
+
+# -- composite rules
+
+
+def of_composites() -> list[Mutation]:
+    """Each composite rule with its results permuted, each argument ignored, each gradient cut, permuted or shared."""
+    mutations = []
+    for function, rule in registry.COMPOSITES.items():
+        call = composite(rule)
+        mutations.append(Mutation(function, "permute members", _broken_forward(call, _permute_out)))
+        for place in range(MOST_ARGUMENTS):
+            mutations += [
+                Mutation(function, f"ignore argument {place}", _broken_forward(call, _ignored(place))),
+                Mutation(function, f"forget what is written to argument {place}", _broken_forward(call, _kept(place))),
+                Mutation(function, f"cut gradient {place}", _broken_backward(call, "backward", place, dropped)),
+                Mutation(function, f"permute gradient {place}", _broken_backward(call, "backward", place, permuted)),
+            ]
+            if call.again is not None:
+                again = _broken_backward(call, "again", place, dropped)
+                mutations.append(Mutation(function, f"cut gradient {place} of the gradient", again))
+    return mutations
+
+
+def composite(rule: Any) -> Composite:
+    """The pair of functions behind an entry of the table, which may arrange its arguments first."""
+    if isinstance(rule, Composite):
+        return rule
+    cells = [cell.cell_contents for cell in rule.__closure__ or ()]
+    return next(content for content in cells if isinstance(content, Composite))
+
+
+def _broken_forward(call: Composite, change: Callable[[Mutation, Callable[..., Any], Any, Any], Any]) -> Any:
+    @contextmanager
+    def put(mutation: Mutation) -> Iterator[None]:
+        original = call.forward
+        call.forward = lambda info, dims, *args: change(mutation, lambda *own: original(info, dims, *own), dims, args)
+        try:
+            yield
+        finally:
+            call.forward = original
+
+    return put
+
+
+def _permute_out(mutation: Mutation, forward: Callable[..., Any], dims: Any, args: Any) -> Any:
+    found = forward(*args)
+    if type(found) is Decline:
+        return found
+    out, kept = found
+    many = isinstance(out, list | tuple)
+    new = [mutation.apply(permuted, entry) for entry in (out if many else [out])]
+    return (type(out)(new) if many else new[0]), kept
+
+
+def _ignored(place: int) -> Any:
+    def forward(mutation: Mutation, original: Callable[..., Any], dims: Any, args: Any) -> Any:
+        if len(args) <= place or not isinstance(args[place], torch.Tensor):
+            return original(*args)
+        return original(*args[:place], mutation.apply(dropped, args[place]), *args[place + 1 :])
+
+    return forward
+
+
+def _kept(place: int) -> Any:
+    def forward(mutation: Mutation, original: Callable[..., Any], dims: Any, args: Any) -> Any:
+        if len(args) <= place or not isinstance(args[place], torch.Tensor):
+            return original(*args)
+        before = args[place].clone()
+        found = original(*args)
+        if not _equal(before, args[place]):
+            args[place].copy_(mutation.apply(lambda _: before, args[place]))
+        return found
+
+    return forward
+
+
+def _broken_backward(call: Composite, which: str, place: int, change: Change) -> Any:
+    @contextmanager
+    def put(mutation: Mutation) -> Iterator[None]:
+        original = getattr(call, which)
+
+        def broken(*args: Any) -> Any:
+            grads = list(original(*args))
+            if len(grads) > place:
+                grads[place] = mutation.apply(change, grads[place])
+            return grads
+
+        setattr(call, which, broken)
+        try:
+            yield
+        finally:
+            setattr(call, which, original)
+
+    return put
