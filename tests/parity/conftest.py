@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
-import torch
 
 from memberwise.rules.registry import composites_disabled
 
@@ -16,12 +15,3 @@ def composites(request: pytest.FixtureRequest) -> Iterator[None]:
     """Run the test twice: with composite rules, and by the rules of single operations alone."""
     with composites_disabled() if request.param == "rules" else nullcontext():
         yield
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors run fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
