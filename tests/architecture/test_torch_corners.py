@@ -163,3 +163,24 @@ def test_in_dims_broadcast_as_torch_vmap_does() -> None:
     _, spec = pytree.tree_flatten(({"a": 1, "b": 2}, 3))
     assert pytree.broadcast_to_and_flatten((0, None), spec) == [0, 0, None]
     assert pytree.broadcast_to_and_flatten((0,), spec) is None
+
+
+def test_a_shortened_backward_is_still_the_backward() -> None:
+    """Breaks: the gradients of every composite rule, and of what enters and leaves a call."""
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 2 * ctx.saved_tensors[0]
+
+    dispatch.shorten_backward(Square)
+    x = torch.tensor([1.0, 3.0], requires_grad=True)
+    (grad,) = torch.autograd.grad(Square.apply(x).sum(), x, create_graph=True)
+    assert grad.tolist() == [2.0, 6.0]
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    assert second.tolist() == [2.0, 2.0]

@@ -24,6 +24,7 @@ __all__ = [
     "mode_depth",
     "pop_mode",
     "push_mode",
+    "shorten_backward",
     "suspended",
     "top_mode",
 ]
@@ -63,6 +64,12 @@ def suspended(mode: Any) -> Iterator[None]:
 def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` without the functorch preamble; only for use where no transform is active."""
     return torch._C._FunctionBase.__dict__["apply"].__get__(None, function)
+
+
+def shorten_backward(function: type[torch.autograd.Function]) -> None:
+    """Let autograd call `function.backward` at once; torch's own `apply` looks first which of four it is to call."""
+    backward = function.backward
+    function._backward_cls.apply = lambda ctx, *grads: backward(ctx, *grads)  # type: ignore[attr-defined] # made by torch's metaclass, for this class alone
 
 
 def composites_must_stand_aside() -> bool:

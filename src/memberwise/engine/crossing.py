@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memberwise._torch.dispatch import applier, functorch_active
+from memberwise._torch.dispatch import applier, functorch_active, shorten_backward
 from memberwise.engine.tensor import MemberTensor, stacked, wrap, wrap_unbatched
 from memberwise.errors import EngineError, fail
 
@@ -68,6 +68,8 @@ class Exit(torch.autograd.Function):
         return Exit.apply(value, region), None if in_dims[0] is None else in_dims[0] + 1
 
 
+shorten_backward(Enter)
+shorten_backward(Exit)
 _enter = applier(Enter)
 _exit = applier(Exit)
 
@@ -108,7 +110,7 @@ def leave(value: torch.Tensor, region: Region) -> torch.Tensor:
     """The plain `(M, *s)` tensor of a member tensor, or of a tensor that is equal in all members."""
     if functorch_active():
         return Exit.apply(value, region)  # type: ignore[return-value] # one tensor
-    if value.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and value.requires_grad:
         return _exit(value, region)
     out = stacked(value, region)
     return torch.ops.aten.alias(out) if getattr(value, "_outside", True) else out

@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 from memberwise._torch.dispatch import without_dispatch
 from memberwise.engine import ladder, trace
 from memberwise.engine.ambient import Region
-from memberwise.engine.layout import promote, relatives, settle
+from memberwise.engine.layout import count_write, promote, relatives, settle
 from memberwise.engine.operation import Operation, describe
 from memberwise.engine.signals import Decline, part_ways
 from memberwise.engine.tensor import MemberTensor, wrap, wrap_contiguous, wrap_unbatched, wrap_view
@@ -273,11 +273,19 @@ class Call:
         self.unwrap_again()
 
     def _count_writes(self) -> None:
-        """Alone, `_foreach_add_` counts each tensor's version in the operations it is made of; here, nobody would."""
+        """Count the write in the version of the memory, by which autograd knows that a saved tensor was changed.
+
+        It counts for the wrapper itself, and not for the inner tensor that a composite rule may have saved; nor for
+        the tensors in a list (alone, `_foreach_add_` counts in the operations it is made of).
+        """
         for place in self.op.written:
             target = self._argument(place)
-            if isinstance(target, list | tuple):
-                increment_version([tensor for tensor in target if tensor is not None])
+            several = isinstance(target, list | tuple)
+            for tensor in target if several else (target,):
+                if type(tensor) is self.tensor_class:
+                    count_write(tensor)
+                    if several:
+                        increment_version(tensor)
 
     def _give_back(self) -> Any:
         """Return the written arguments themselves, as an in-place operation does."""

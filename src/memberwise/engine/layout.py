@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 
 from memberwise._torch.dispatch import without_dispatch
 from memberwise.engine.tensor import MemberTensor
@@ -45,6 +46,13 @@ def promote(member: MemberTensor) -> None:
         alias._inner = source.as_strided((size, *seen.shape), (source.stride(0), *seen.stride()), seen.storage_offset())
         alias._batched = True
         alias._origin = 0
+
+
+def count_write(member: MemberTensor) -> None:
+    """A write through `member` is one to the memory it views."""
+    for memory in (member._inner, member._root):
+        if memory is not None and not memory.is_inference():
+            increment_version(memory)
 
 
 def relaid(inner: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:

@@ -29,6 +29,7 @@ class MemberTensor(torch.Tensor):
         _differs: whether one member's slice of `_inner` lies in another order than declared (contiguous).
         _outside: whether its memory was there before the call: writes are undone on retreat.
         _family: all member tensors on the same memory, while that memory may have to be replaced.
+        _root: the inner tensor of what this is a view of.
         _viewed: whether a view was taken of it.
         _origin: storage offset of `_inner` at which the member's own storage begins.
     """
@@ -42,6 +43,7 @@ class MemberTensor(torch.Tensor):
     _family: list[Any] | None = None
     _origin = 0
     _viewed = False
+    _root: torch.Tensor | None = None
 
     # Set by `memberwise.engine.dispatch`, which imports this module (as `engine.function` sets __torch_function__).
     _on_dispatch: Callable[..., Any]
@@ -76,9 +78,7 @@ def wrap(inner: torch.Tensor, region: Region) -> MemberTensor:
 
 def wrap_contiguous(inner: torch.Tensor, region: Region) -> MemberTensor:
     """As `wrap`, where the lone result is contiguous and one member's slice of `inner` may not be."""
-    if inner.layout is not torch.strided:
-        _refuse_layout(inner, region)
-    if inner.is_contiguous():
+    if inner.layout is not torch.strided or inner.is_contiguous():
         return wrap(inner, region)
     out = make_wrapper(region.tensor_class, inner.shape[1:], None, None, None, inner.dtype, torch.strided, inner.device)
     out._inner = inner
@@ -108,6 +108,7 @@ def wrap_view(inner: torch.Tensor, source: MemberTensor) -> MemberTensor:
     )
     out._inner = inner
     out._region = source._region
+    out._root = source._inner if source._root is None else source._root
     if not batched:
         out._batched = False
     if source._outside:

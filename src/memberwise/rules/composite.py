@@ -27,6 +27,7 @@ from memberwise._torch.dispatch import (
     composites_must_stand_aside,
     pop_mode,
     push_mode,
+    shorten_backward,
     top_mode,
 )
 from memberwise.engine import trace
@@ -58,21 +59,21 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         call, region, dims = ctx.call
         saved = ctx.saved_tensors
-        args = ctx.rest.copy()
+        args = ctx.rest
         count = 0
-        for place, keep in enumerate(ctx.held):
-            if keep:
-                args[place] = saved[count]
-                count += 1
+        if any(ctx.held):
+            args = args.copy()
+            for place, keep in enumerate(ctx.held):
+                if keep:
+                    args[place] = saved[count]
+                    count += 1
         needs = ctx.needs_input_grad[4:]
-        found = (
-            call.run_again(region, needs, args, saved[count:], grads)
-            if torch.is_grad_enabled()
-            else call.run_backward(region, dims, needs, args, saved[count:], grads)
-        )
-        return None, None, None, None, *found
+        if torch.is_grad_enabled():
+            return None, None, None, None, *call.run_again(region, needs, args, saved[count:], grads)
+        return None, None, None, None, *call.run_backward(region, dims, needs, args, saved[count:], grads)
 
 
+shorten_backward(_Node)
 _apply = applier(_Node)
 
 
