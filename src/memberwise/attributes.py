@@ -1,8 +1,8 @@
 """What members carry outside their parameters and buffers: kept where it differs, and given back to each.
 
-A stack runs all members through one template, member 0's structure. Plain attributes that hold other tensors in
-other members become stacked, so that each member runs with its own; other attributes run as member 0 has them,
-and each member gets its own back from `unstack()`.
+A stack runs all members through one template, member 0's structure. Plain attributes that hold tensors become
+stacked, so that each member runs with its own (unless all hold one and the same object); other attributes run as
+member 0 has them, and each member gets its own back from `unstack()`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from memberwise.errors import StateError, build
 from memberwise.form import state
-from memberwise.trees import tree_leaves
+from memberwise.trees import tree_leaves, tree_transpose_map
 
 _STRUCTURE = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, types.FunctionType, torch.dtype, torch.device)
@@ -67,6 +67,7 @@ class Attributes:
         self._tensors: dict[str, torch.Tensor] = {}
         self._holes: dict[str, Hole] = {}
         self._kinds: dict[str, Any] = {}
+        self._one_object: dict[Key, list[weakref.ref[torch.Tensor]]] = {}
 
     def take(self, model: nn.Module) -> None:
         """Look at the next member."""
@@ -77,12 +78,18 @@ class Attributes:
             self._kinds = {path: _kind(sub) for path, sub in modules.items()}
         tensors = {id(one): self._tensors[name] for name, one in state(model).items() if name in self._tensors}
         memo = {**tensors, **{id(sub): self._holes[path] for path, sub in modules.items() if path in self._holes}}
-        found = {key: _copied(value, memo) for key, value in self._attributes(modules)}
+        values = dict(self._attributes(modules))
+        self._note_objects(values)
+        found = {key: _copied(value, memo) for key, value in values.items()}
         if not self.kept:
             self._first, self.skeleton = found, filled(model, tensors)
             self.kept.append({})
             return
-        own = {key: value for key, value in found.items() if not _alike(value, self._first.get(key, Missing))}
+        own = {
+            key: value
+            for key, value in found.items()
+            if not _alike(value, self._first.get(key, Missing)) or self._has_own_tensors(key, value)
+        }
         own |= {key: Missing for key in self._first if key not in found and not _within(key, own)}
         for path, name in own:
             if name == _WHOLE:
@@ -100,29 +107,44 @@ class Attributes:
             elif path in self._kinds:
                 yield from (((path, name), value) for name, value in vars(sub).items() if name not in _STRUCTURE)
 
+    def _note_objects(self, values: Mapping[Key, Any]) -> None:
+        """Keep track of attributes whose tensors have been the same objects in all members so far."""
+        if not self.kept:
+            self._one_object = {key: [*map(weakref.ref, _tensors(value))] for key, value in values.items()}
+            return
+        for key, refs in [*self._one_object.items()]:
+            if [*map(id, _tensors(values.get(key)))] != [id(ref()) for ref in refs]:
+                del self._one_object[key]
+
+    def _has_own_tensors(self, key: Key, value: Any) -> bool:
+        return key not in self._one_object and bool(_tensors(value))
+
     def template(self, tensors: Mapping[str, torch.Tensor]) -> tuple[nn.Module, dict[tuple[nn.Module, str], Any]]:
         """Member 0's structure holding these tensors; and the attributes in which all members' tensors are stacked."""
         out = filled(self.skeleton, {id(self._tensors[name]): tensor for name, tensor in tensors.items()})
         modules = dict(out.named_modules(remove_duplicate=False))
         carried: dict[tuple[nn.Module, str], Any] = {}
-        for path, name in dict.fromkeys(key for own in self.kept for key in own):
+        alone = self._first if len(self.kept) == 1 else {}
+        rows: dict[tuple[int, ...], torch.Tensor] = {}
+        for path, name in dict.fromkeys([*alone, *(key for own in self.kept for key in own)]):
             values = [own.get((path, name), self._first.get((path, name), Missing)) for own in self.kept]
             if self._can_stack(values):
-                vars(modules[path])[name] = carried[modules[path], name] = torch.stack(values)
+                whole = tree_transpose_map(lambda row: _stacked_row(row, rows), values)
+                vars(modules[path])[name] = carried[modules[path], name] = whole
                 for own in self.kept:
                     own.pop((path, name), None)
         differing = {key for own in self.kept for key in own}
         self._first = {key: value for key, value in self._first.items() if key in differing}
-        del self.skeleton, self._kinds
+        del self.skeleton, self._kinds, self._one_object
         return out, carried
 
     def _can_stack(self, values: list[Any]) -> bool:
-        first = values[0]
-        if not isinstance(first, torch.Tensor) or any(
-            value is hole for value in values for hole in self._tensors.values()
-        ):
+        """Whether the values of all members are alike but for the values of tensors, none of which is a parameter."""
+        rows = [tree_leaves(value) for value in values]
+        holes = {*map(id, self._tensors.values())}
+        if len({len(row) for row in rows}) > 1 or not _tensors(values[0]):
             return False
-        return all(type(one) is type(first) and one.shape == first.shape and one.dtype == first.dtype for one in values)
+        return all(_can_stack_row(row) and holes.isdisjoint(map(id, row)) for row in zip(*rows, strict=True))
 
     def give_back(self, module: nn.Module, member: int, template: nn.Module, tensors: Mapping[str, Any]) -> None:
         """Set in an unstacked `module` what member `member` brought, unless the stack has been set otherwise since."""
@@ -155,14 +177,14 @@ def _kind(module: nn.Module) -> Any:
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy cut off from the member; `memo` keeps what is one object in two attributes one object."""
     if isinstance(value, _PLAIN):
         return value
-    own = dict(memo)
     for leaf in tree_leaves(value):
-        if isinstance(leaf, torch.Tensor) and id(leaf) not in own:
-            own[id(leaf)] = leaf.detach().clone()
+        if isinstance(leaf, torch.Tensor) and id(leaf) not in memo:
+            memo[id(leaf)] = leaf.detach().clone()
     try:
-        return copy.deepcopy(value, own)
+        return copy.deepcopy(value, memo)
     except Exception:  # what no copy can be made of is passed on as it is
         return value
 
@@ -185,6 +207,28 @@ def _alike(a: Any, b: Any) -> bool:
         return bool(a == b) or (a != a and b != b)
     except Exception:  # a class may refuse to be compared
         return False
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, _PLAIN):
+        return []
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _can_stack_row(row: tuple[Any, ...]) -> bool:
+    first = row[0]
+    if not isinstance(first, torch.Tensor):
+        return all(_alike(one, first) for one in row)
+    return all(type(one) is type(first) and one.shape == first.shape and one.dtype == first.dtype for one in row)
+
+
+def _stacked_row(row: list[Any], known: dict[tuple[int, ...], torch.Tensor]) -> Any:
+    if not isinstance(row[0], torch.Tensor):
+        return row[0]
+    key = (*map(id, row),)
+    if key not in known:
+        known[key] = torch.stack(row)
+    return known[key]
 
 
 def _is_set(now: Any, first: Any) -> bool:

@@ -188,11 +188,57 @@ def test_tensors_in_plain_attributes_are_each_member_s_own() -> None:
     backward(out)
     assert_equal(out.detach(), expected, "output")
     assert_same_state(stack, alone)
-    assert stack.fixed.shape == (3,)
+    assert stack.fixed.shape == (3, 3)
     for model, back, view in zip(models, stack.unstack(), stack, strict=True):
         assert torch.equal(back.mask, model.mask)
         assert torch.equal(view.mask, model.mask)
     assert torch.equal(stack.select([2])[0].mask, models[2].mask)
+
+
+CONSTANT = torch.full((3,), 2.0, dtype=torch.float64)
+
+
+class Holder(nn.Module):
+    """Tensors in plain attributes: equal, in structures, written in place, one object in all, a parameter's alias."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.total = torch.zeros(3, dtype=torch.float64)
+        self.parts = {"gain": torch.full((3,), number, dtype=torch.float64), "texts": ["same"]}
+        self.constant = CONSTANT
+        self.alias = [self.layer.weight]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.layer(x) * self.parts["gain"] + self.alias[0].sum() * self.constant
+        self.total.add_(out.detach().mean(0))
+        return out + self.total
+
+
+def test_tensors_in_structures_and_equal_ones_are_each_member_s_own() -> None:
+    models = [Holder(i + 1.0).double() for i in range(3)]
+    stack, alone, x = memberwise.stack(models), [copy.deepcopy(model) for model in models], inputs(5, 3)
+    for _ in range(2):
+        expected = run_alone(alone, lambda model, i: model(x.detach()))
+        out = stack(x.detach())
+        backward(out)
+        assert_equal(out.detach(), expected, "output")
+    assert_same_state(stack, alone)
+    assert stack.constant is not models[0].constant
+    assert stack.constant.shape == (3,)
+    assert stack.alias[0] is stack.layer.weight
+    for model, other in zip(stack.unstack(), alone, strict=True):
+        assert_equal(model.total, other.total, "attribute written in place")
+        assert_equal(model.parts["gain"], other.parts["gain"], "attribute in a structure")
+        assert model.alias[0] is model.layer.weight
+    assert not models[0].total.any()
+
+
+def test_of_one_model_too_attributes_have_the_member_axis() -> None:
+    stack = memberwise.stack([Holder(2.0).double()])
+    assert stack.total.shape == (1, 3)
+    assert stack.parts["gain"].shape == (1, 3)
+    assert stack(inputs(5, 3)).shape == (1, 5, 3)
 
 
 def test_old_weight_norm_whose_attribute_is_no_leaf() -> None:

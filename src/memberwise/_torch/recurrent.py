@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import nn
 
-_LISTS = ("_flat_weights", "_flat_weight_refs")
+LISTS = ("_flat_weights", "_flat_weight_refs")
+"""The attributes that lead to the weights a second time."""
 
 
 def kept_lists(module: nn.RNNBase) -> dict[str, Any]:
     """The lists as they are now, to be given to `put_back`."""
-    return {name: list(module.__dict__[name]) for name in _LISTS if name in module.__dict__}
+    return {name: list(module.__dict__[name]) for name in LISTS if name in module.__dict__}
 
 
 def put_back(module: nn.RNNBase, lists: dict[str, Any]) -> None:

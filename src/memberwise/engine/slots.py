@@ -6,7 +6,7 @@ the places once, and looks only whether the module is still the one it knows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memberwise._torch.recurrent import kept_lists, put_back
+from memberwise._torch.recurrent import LISTS, kept_lists, put_back
 from memberwise.engine.ambient import Region
 from memberwise.engine.crossing import enter, leave
 from memberwise.engine.tensor import MemberTensor
@@ -47,7 +47,15 @@ class Swap:
     members: list[Any]
     attributes: list[tuple[nn.Module, dict[str, Any]]]
     recurrent: list[tuple[nn.RNNBase, dict[str, Any]]]
-    carried: dict[tuple[nn.Module, str], Any]
+    shown: dict[tuple[nn.Module, str], tuple[Any, Any]]
+
+    def hide(self) -> None:
+        """Put back the attributes that were shown, as far as they still are what was shown."""
+        for (module, name), (shown, kept) in self.shown.items():
+            if module.__dict__.get(name) is shown:
+                module.__dict__[name] = kept
+        for module, lists in self.recurrent:
+            put_back(module, lists)
 
 
 class Slots:
@@ -63,6 +71,7 @@ class Slots:
         apart: members that are in another mode than the template, and in which.
         carried: stacked tensors that calls left in plain attributes, by (module, attribute).
         retreats: modules that run member by member, and why.
+        aliases: plain attributes, by (module, attribute), that lead to parameters or buffers.
     """
 
     def __init__(self, template: nn.Module, shared: frozenset[str] = frozenset(), members: int | None = None) -> None:
@@ -73,6 +82,7 @@ class Slots:
         self.apart: dict[int, bool] = {}
         self.retreats: dict[nn.Module, str] = {}
         self.carried: dict[tuple[nn.Module, str], Any] = {}
+        self.aliases: list[tuple[nn.Module, str]] = []
         self._modules: list[nn.Module] = []
 
     @property
@@ -109,10 +119,22 @@ class Slots:
             hooks for module in self._modules for hooks in (module._forward_pre_hooks, module._forward_hooks)
         ]
         self._recurrent = [module for module in self._modules if isinstance(module, nn.RNNBase)]
+        self.aliases = self._find_aliases()
+
+    def _find_aliases(self) -> list[tuple[nn.Module, str]]:
+        """The plain attributes that lead to parameters or buffers: `self.weights = [self.a.weight, ...]`."""
+        tensors = {id(owner[name]) for owner, name in self._entries} - {_NONE}
+        return [
+            (module, name)
+            for module in self._modules
+            for name, value in vars(module).items()
+            if name not in MODULE_ATTRIBUTES and not (isinstance(module, nn.RNNBase) and name in LISTS)
+            if not tensors.isdisjoint(map(id, tree_leaves(value)))
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("template", "shared", "members", "generators", "apart", "retreats", "carried")
-        return {"_modules": [], **{name: self.__dict__[name] for name in kept}}  # places are found again
+        return {"_modules": [], "aliases": [], **{name: self.__dict__[name] for name in kept}}  # places are found again
 
     def watched_modules(self) -> list[nn.Module]:
         """The modules whose attributes a call may change: torch's own do so only by hooks."""
@@ -147,7 +169,15 @@ class Slots:
                 if place.is_parameter:
                     member._is_param = True  # isinstance(weight, nn.Parameter) holds inside, as it does alone
                 place.owner[place.name] = member
-        return Swap(originals, members, attributes, recurrent, self._carry_in(region) if self.carried else {})
+        swap = Swap(originals, members, attributes, recurrent, {})
+        if self.aliases:
+            own = {id(one): member for one, member in zip(originals, members, strict=True)}
+            for place in self.aliases:
+                self._show(swap, place, lambda leaf: own.get(id(leaf), leaf))
+        for place, kept in self.carried.items():
+            if place[0].__dict__.get(place[1]) is kept:
+                self._show(swap, place, lambda leaf: _as_member(leaf, region))
+        return swap
 
     def _enter_tied(self, originals: list[Any], region: Region) -> list[Any]:
         """Member tensors where some places hold one object, or none."""
@@ -157,14 +187,12 @@ class Slots:
         members = dict(zip(unique, entered, strict=True))
         return [members.get(id(one)) for one in originals]
 
-    def _carry_in(self, region: Region) -> dict[tuple[nn.Module, str], Any]:
-        """Show the tensors that a former call left in attributes as member tensors again."""
-        shown = {}
-        for (module, name), kept in self.carried.items():
-            if module.__dict__.get(name) is kept:
-                shown[module, name] = tree_map(lambda leaf: _as_member(leaf, region), kept)
-                module.__dict__[name] = shown[module, name]
-        return shown
+    def _show(self, swap: Swap, place: tuple[nn.Module, str], as_member: Callable[[Any], Any]) -> None:
+        """Show a plain attribute that holds stacked tensors, with member tensors for them."""
+        module, name = place
+        kept = module.__dict__.get(name)
+        module.__dict__[name] = shown = tree_map(as_member, kept)
+        swap.shown[place] = shown, kept
 
     def leave(self, swap: Swap, region: Region) -> None:
         """Put the stacked tensors back; what the module assigned to a place or an attribute is kept, stacked."""
@@ -174,26 +202,19 @@ class Slots:
                 owner[name] = original
             elif isinstance(now, torch.Tensor):
                 owner[name] = leave(now, region)
-        for module, lists in swap.recurrent:
-            put_back(module, lists)
+        swap.hide()
         for module, before in swap.attributes:
             now = module.__dict__
             if len(now) != len(before) or not all(map(is_, now.values(), before.values())):
                 for name in now.keys() - MODULE_ATTRIBUTES:
                     if before.get(name) is not now[name]:
-                        self._leave_attribute(module, name, swap, region)
-
-    def _leave_attribute(self, module: nn.Module, name: str, swap: Swap, region: Region) -> None:
-        value = module.__dict__[name]
-        if swap.carried.get((module, name), swap) is value:
-            module.__dict__[name] = self.carried[module, name]  # as it came in
-        else:
-            self._carry_out(module, name, value, region)
+                        self._carry_out(module, name, now[name], region)
 
     def _carry_out(self, module: nn.Module, name: str, value: Any, region: Region) -> None:
+        """Keep what has members' values in it, all of its tensors stacked."""
         self.carried.pop((module, name), None)
         if any(isinstance(leaf, MemberTensor) for leaf in tree_leaves(value)):
-            kept = tree_map(lambda leaf: leave(leaf, region) if isinstance(leaf, MemberTensor) else leaf, value)
+            kept = tree_map(lambda leaf: leave(leaf, region) if isinstance(leaf, torch.Tensor) else leaf, value)
             module.__dict__[name] = kept
             self.carried[module, name] = kept
 
@@ -213,14 +234,11 @@ class Slots:
         """Undo: every place and attribute as it was before the call."""
         for place, original in zip(self._places, swap.originals, strict=True):
             place.owner[place.name] = original
+        swap.hide()
         for module, before in swap.attributes:
             module.__dict__.clear()
             module.__dict__.update(before)
-        for module, lists in swap.recurrent:
-            put_back(module, lists)
 
 
 def _as_member(leaf: Any, region: Region) -> Any:
-    if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == region.batch_size:
-        return enter([leaf], [True], region)[0]
-    return leaf
+    return enter([leaf], [True], region)[0] if isinstance(leaf, torch.Tensor) else leaf

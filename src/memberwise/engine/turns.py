@@ -87,17 +87,33 @@ class Showing:
         for place, own in zip(self.places, self.pieces, strict=True):
             for piece in own if place.is_parameter and own[0] is not None else ():
                 piece._is_param = True  # type: ignore[attr-defined] # isinstance(w, nn.Parameter) holds, as alone
+        self._own = self._own_attributes(pieces, turns)
         self._left: list[tuple[list[Any], dict[tuple[nn.Module, str], Any]]] = []
+
+    def _own_attributes(self, pieces: dict[int, Any], turns: int) -> dict[tuple[nn.Module, str], list[Any]]:
+        """What each turn sees in attributes that lead to parameters, or that former calls have left."""
+        values = {key: vars(key[0]).get(key[1]) for key in self.slots.aliases}
+        values |= {key: kept for key, kept in self._carried.items() if vars(key[0]).get(key[1]) is kept}
+        leaves = [leaf for value in values.values() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+        own = {id(leaf): self._cut(leaf) for leaf in leaves if id(leaf) not in pieces and _is_stacked(leaf)}
+        self._written = [(leaf, own[id(leaf)]) for leaf in leaves if id(leaf) in own]
+        own |= pieces
+
+        def of_turn(turn: int) -> Callable[[Any], Any]:
+            return lambda leaf: own[id(leaf)][turn] if id(leaf) in own else leaf
+
+        return {key: [tree_map(of_turn(turn), value) for turn in range(turns)] for key, value in values.items()}
 
     def show(self, turn: int) -> None:
         """Put the members of a turn in place, each with what it alone carries in attributes."""
         for place, pieces in zip(self.places, self.pieces, strict=True):
             place.owner[place.name] = pieces[turn]
+        self._turn = turn
         self._reset_attributes()
-        for (module, name), kept in self._carried.items():
-            if module.__dict__.get(name) is kept:
-                shown = tree_map(lambda leaf: self._cut(leaf)[turn] if _is_stacked(leaf) else leaf, kept)
-                module.__dict__[name] = self.slots.carried[module, name] = shown
+        for (module, name), own in self._own.items():
+            module.__dict__[name] = own[turn]
+            if (module, name) in self._carried:
+                self.slots.carried[module, name] = own[turn]
 
     def collect(self) -> None:
         """Note what the run of the turn that is shown has left."""
@@ -106,9 +122,12 @@ class Showing:
             (module, name): (value, carried.get((module, name)) is value)
             for module, before in self.before
             for name, value in module.__dict__.items()
-            if name not in MODULE_ATTRIBUTES and before.get(name, self) is not value
+            if name not in MODULE_ATTRIBUTES and self._is_left(value, before.get(name, self), (module, name))
         }
         self._left.append(([place.owner.get(place.name) for place in self.places], attributes))
+
+    def _is_left(self, value: Any, before: Any, key: tuple[nn.Module, str]) -> bool:
+        return value is not before and not (key in self._own and value is self._own[key][self._turn])
 
     def restore(self) -> None:
         """Show the whole stack again, as it was."""
@@ -131,6 +150,8 @@ class Showing:
                 place.owner[place.name] = self._join(left)
             elif original is not None and not place.shared:
                 write_back(original, pieces)
+        for original, pieces in self._written:
+            write_back(original, pieces)
         for key in dict.fromkeys(key for _, attributes in self._left for key in attributes):
             self._put_together(*key, [attributes[key][0] for _, attributes in self._left if key in attributes])
 
