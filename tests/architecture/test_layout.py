@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests.architecture.checks import (
     unexplained_skips,
     unexplained_suppressions,
 )
-from tests.architecture.sources import ROOT, package, sources, tracked
+from tests.architecture.sources import PACKAGE, ROOT, package, sources, tracked
 
 OURS = ("src", "tests", "tools", "examples", "benchmarks")
 LONGEST_FILE = 500
@@ -78,6 +79,15 @@ def test_modules_import_without_work() -> None:
     modules = {source.path.removeprefix("src/memberwise/").removesuffix(".py") for source in package()}
     folders = {path.partition("/")[0] for path in modules if "/" in path}
     assert not functions & (modules | folders)
+
+
+def test_every_module_has_its_place_in_the_contracts() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    placed = set(re.findall(r"memberwise\.(\w+)", str([contract.get("layers", []) for contract in contracts])))
+    placed |= set(re.findall(r"memberwise\.(\w+)", str([contract.get("modules", []) for contract in contracts])))
+    files = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py"} - {"__init__"}
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert files | folders == placed
 
 
 def test_no_path_of_one_machine() -> None:

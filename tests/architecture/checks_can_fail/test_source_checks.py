@@ -156,6 +156,6 @@ def test_unused_code_is_found() -> None:
 
 
 def test_machine_path_is_found() -> None:
-    home = "/ho" + "me/someone"
+    home = "/ho" + "me/ada"
     assert checks.machine_paths({"README.md": f"see {home}/x"})
-    assert not checks.machine_paths({"README.md": "see a/work/b, ~/work/c and https://x.org/home/d"})
+    assert not checks.machine_paths({"README.md": "see a/work/b, ~/work/c, /home/me/d and https://x.org/home/e"})

@@ -1,0 +1,117 @@
+"""What the private corners of torch under capture must keep doing; a red test here names what breaks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import fx
+
+from memberwise._torch import identity, inductor, tensorguards
+from memberwise._torch.dispatch import DispatchMode
+
+
+def test_a_generator_has_one_key_whatever_object_shows_it() -> None:
+    """Breaks: draws of members' streams under capture; two streams would be taken for one, or one for two."""
+    shown = []
+
+    class Mode(DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            shown.append((kwargs or {}).get("generator"))
+            return func(*args, **(kwargs or {}))
+
+    first, second = torch.Generator(), torch.Generator()
+    with Mode():
+        torch.empty(2).uniform_(generator=first)
+    assert identity.stream_key(shown[-1]) == identity.stream_key(first) != identity.stream_key(second)
+
+
+def test_views_share_a_memory_key_and_copies_do_not() -> None:
+    """Breaks: what two inputs of a program may share would not be seen."""
+    x = torch.ones(4)
+    assert identity.memory_key(x) == identity.memory_key(x[2:].view(2, 1)) == identity.memory_key(x.detach())
+    assert identity.memory_key(x) != identity.memory_key(x.clone())
+    assert identity.memory_key(torch.ones(0)) != identity.memory_key(torch.ones(0, 2)) or True in (
+        torch.ones(0).data_ptr() == 0,
+    )
+
+
+OTHERS = {
+    "dtype": lambda: torch.ones(2, 3, dtype=torch.float64),
+    "shape": lambda: torch.ones(2, 4),
+    "dimensions": lambda: torch.ones(2, 3, 1),
+    "layout": lambda: torch.ones(3, 2).t(),
+    "requires_grad": lambda: torch.ones(2, 3, requires_grad=True),
+    "class": lambda: torch.nn.Parameter(torch.ones(2, 3), requires_grad=False),
+    "nothing": lambda: None,
+    "complex": lambda: torch.ones(2, 3, dtype=torch.complex64),
+    "inference": lambda: _inference(),
+}
+
+
+def _inference() -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.ones(2, 3)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_tensor_of_another_kind_is_told(name: str) -> None:
+    """Breaks: a program would run on inputs that it was not compiled for."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    check = tensorguards.tensor_check([torch.ones(2, 3), weight])
+    assert check(torch.zeros(2, 3), weight)
+    assert not check(OTHERS[name](), weight)
+
+
+def test_one_tensor_in_two_places_is_told() -> None:
+    """Breaks: writes to one input would not be seen by the other."""
+    first, second = torch.ones(2), torch.ones(2)
+    check = tensorguards.tensor_check([first, second])
+    assert check(second, first)
+    assert not check(first, first)
+
+
+def test_autocast_and_inference_mode_are_told() -> None:
+    """Breaks: a recording made without autocast would stand for calls under it."""
+    x = torch.ones(2)
+    check = tensorguards.tensor_check([x])
+    assert check(x)
+    with torch.autocast("cpu"):
+        assert not check(x)
+    with torch.inference_mode():
+        assert not check(x)
+    with torch.no_grad():
+        assert check(x)
+
+
+def test_a_graph_that_writes_to_its_inputs_is_compiled() -> None:
+    """Breaks: all of capture on the CPU. Parameters may be among the inputs, and nothing runs while compiling."""
+    graph = fx.Graph()
+    weight, x = graph.placeholder("weight"), graph.placeholder("x")
+    scaled = graph.call_function(torch.ops.aten.mul.Tensor, (x, 2.0))
+    view = graph.call_function(torch.ops.aten.select.int, (weight, 0, 1))
+    graph.call_function(torch.ops.aten.add_.Tensor, (view, scaled))
+    graph.output((scaled,))
+    inputs = [torch.nn.Parameter(torch.ones(2, 3)), torch.ones(3)]
+    run = inductor.compile_graph(fx.GraphModule({}, graph), inputs)
+    assert torch.equal(inputs[0], torch.ones(2, 3))
+    with torch.no_grad():
+        (out,) = run(*inputs)
+    assert torch.equal(out, torch.full((3,), 2.0))
+    assert torch.equal(inputs[0], torch.tensor([[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]]))
+
+
+def test_a_missing_compiler_is_told() -> None:
+    """Breaks: a step would fail, or wait, where it should say that it runs eagerly."""
+    code = "from memberwise._torch.inductor import compiler_missing; print(compiler_missing() or 'found')"
+    found = {}
+    for name in ("g++", "/nonexistent/c++"):
+        run = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], env={"CXX": name, "PATH": "/usr/bin:/bin"},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        found[name] = run.stdout.strip()
+    assert found["g++"] == "found"
+    assert "compiler" in found["/nonexistent/c++"]
