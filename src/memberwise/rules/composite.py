@@ -48,29 +48,29 @@ class _Node(torch.autograd.Function):
         out, kept = call.run(region, dims, values)
         ctx.set_materialize_grads(False)
         saves = call.saves
-        held = [isinstance(arg, torch.Tensor) and (saves is None or place in saves) for place, arg in enumerate(args)]
-        ctx.call = (call, region, dims)
-        ctx.rest = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
-        ctx.held = held
-        ctx.save_for_backward(*[arg for arg, keep in zip(args, held, strict=True) if keep], *kept)
+        if saves is None:
+            places = [place for place, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
+        else:
+            places = [place for place in saves if isinstance(args[place], torch.Tensor)]
+        rest = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
+        ctx.state = (call, region, dims, places, rest)
+        ctx.save_for_backward(*[args[place] for place in places], *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        call, region, dims = ctx.call
+        call, region, dims, places, rest = ctx.state
         saved = ctx.saved_tensors
-        args = ctx.rest
-        count = 0
-        if any(ctx.held):
-            args = args.copy()
-            for place, keep in enumerate(ctx.held):
-                if keep:
-                    args[place] = saved[count]
-                    count += 1
+        args = rest
+        if places:
+            args = rest.copy()
+            for place, tensor in zip(places, saved, strict=False):
+                args[place] = tensor
+        kept = saved[len(places) :]
         needs = ctx.needs_input_grad[4:]
         if torch.is_grad_enabled():
-            return None, None, None, None, *call.run_again(region, needs, args, saved[count:], grads)
-        return None, None, None, None, *call.run_backward(region, dims, needs, args, saved[count:], grads)
+            return None, None, None, None, *call.run_again(region, needs, args, kept, grads)
+        return None, None, None, None, *call.run_backward(region, dims, needs, args, kept, grads)
 
 
 shorten_backward(_Node)
@@ -80,22 +80,27 @@ _apply = applier(_Node)
 class Composite:
     """One layer's pair of functions, with the way in and out."""
 
-    __slots__ = ("again", "backward", "forward", "function", "name", "saves")
+    __slots__ = ("again", "backward", "forward", "function", "name", "saves", "signature")
 
-    def __init__(self, function: Callable[..., Any], rule: Any) -> None:
+    def __init__(self, function: Callable[..., Any], rule: Any, signature: Callable[..., Any] | None) -> None:
         self.function = getattr(rule, "plain", function)
         self.name = f"composite::{rule.__name__.lower()}"
         self.forward = rule.forward
         self.backward = rule.backward
+        self.signature = signature
         self.saves: tuple[int, ...] | None = getattr(rule, "saves", None)
         self.again: Callable[..., Any] | None = getattr(rule, "again", None)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's result, or a Decline."""
         if composites_must_stand_aside():
             return _ASIDE
+        if self.signature is not None:
+            args = self.signature(*args, **kwargs)
+            if type(args) is Decline:
+                return args
         region: Region | None = None
-        tracked = False
+        tracked = plain = False
         dims: list[Any] = []
         values: list[Any] = []
         for arg in args:
@@ -110,13 +115,15 @@ class Composite:
             else:
                 dims.append(None)
                 values.append(arg)
-                if isinstance(arg, torch.Tensor) and arg.requires_grad:
-                    tracked = True
-        if region is None or (region.running and top_mode() is not region):
-            return _UNSEEN if region is None else _ASIDE
+                plain = plain or (isinstance(arg, torch.Tensor) and arg.requires_grad)
+        if region is None:
+            return _UNSEEN
+        if region.running and top_mode() is not region:
+            return _ASIDE
         try:
-            if tracked and torch.is_grad_enabled():
-                _watch_plain(args, region)
+            if (tracked or plain) and torch.is_grad_enabled():
+                if plain:
+                    _watch_plain(args, region)
                 return _apply(self, region, dims, values, *args)
             return self.run(region, dims, values)[0]
         except Declined as signal:
@@ -126,14 +133,7 @@ class Composite:
         """Forward on the stacked tensors; member tensors out."""
         record = trace.active
         start = trace.clock() if record is not None else 0.0
-        inside = top_mode() is region
-        if inside:
-            pop_mode()
-        try:
-            found = self.forward(region, dims, *values)
-        finally:
-            if inside:
-                push_mode(region)
+        found = _outside(region, self.forward, region, dims, *values)
         if type(found) is Decline:
             raise Declined(found)
         if record is not None:
@@ -147,16 +147,10 @@ class Composite:
         """Backward on the stacked tensors; member tensors out."""
         record = trace.active
         start = trace.clock() if record is not None else 0.0
-        inside = top_mode() is region
-        if inside:
-            pop_mode()
-        try:
-            held = [None if grad is None else stacked(grad, region) for grad in grads]
-            own = [arg._inner if isinstance(arg, MemberTensor) else arg for arg in args]
-            found = self.backward(region, dims, needs, own, kept, held[0] if len(held) == 1 else held)
-        finally:
-            if inside:
-                push_mode(region)
+        held = [None if grad is None else stacked(grad, region) for grad in grads]
+        own = [arg._inner if isinstance(arg, MemberTensor) else arg for arg in args]
+        grad = held[0] if len(held) == 1 else held
+        found = _outside(region, self.backward, region, dims, needs, own, kept, grad)
         if record is not None:
             record.note(self.name + "_backward", "rule", "", trace.clock() - start)
         return [None if grad is None else wrap_contiguous(grad, region) for grad in found]
@@ -173,6 +167,17 @@ class Composite:
             ends, starts = [value for value, _ in pairs], [grad for _, grad in pairs]
             found = iter(torch.autograd.grad(ends, wanted, starts, create_graph=True, allow_unused=True))
         return [next(found) if need else None for need in needs]
+
+
+def _outside(region: Region, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a rule on plain stacked tensors, the region's mode off if it is on."""
+    if top_mode() is not region:
+        return function(*args)
+    pop_mode()
+    try:
+        return function(*args)
+    finally:
+        push_mode(region)
 
 
 def _watch_plain(args: Any, region: Region) -> None:
@@ -196,16 +201,7 @@ def composite(*functions: Any, signature: Callable[..., tuple[Any, ...]] | None 
 
     def add(rule: type) -> type:
         for function in functions:
-            call = Composite(function, rule)
-            register_composite(function)(call if signature is None else _arranged(call, signature))
+            register_composite(function)(Composite(function, rule, signature))
         return rule
 
     return add
-
-
-def _arranged(call: Composite, signature: Callable[..., Any]) -> Callable[..., Any]:
-    def rule(*args: Any, **kwargs: Any) -> Any:
-        arranged = signature(*args, **kwargs)
-        return arranged if type(arranged) is Decline else call(*arranged)
-
-    return rule
