@@ -18,7 +18,7 @@ from memberwise import optim
 from memberwise.testing.tolerance import assert_equal
 from tests.parity.scripts import cnn, lstm, mlp, sampler, transformer
 
-pytestmark = pytest.mark.usefixtures("composites")
+both = pytest.mark.usefixtures("composites")
 
 SEEDS = [3, 0, 11]
 
@@ -47,6 +47,7 @@ def lone() -> Callable[[ModuleType, int], Any]:
     return run
 
 
+@both
 @SCRIPTS
 def test_a_built_stack(script: ModuleType, lone: Callable[[ModuleType, int], Any]) -> None:
     """The design's own loop: `build(seeds=)`, a loss written for one model, our optimizers and clipping."""
@@ -70,6 +71,7 @@ def test_a_built_stack(script: ModuleType, lone: Callable[[ModuleType, int], Any
         assert torch.equal(stack.generators[i].get_state(), stream), f"seed {seed}: its stream stands elsewhere"
 
 
+@both
 @SCRIPTS
 def test_generators_by_hand(script: ModuleType, lone: Callable[[ModuleType, int], Any]) -> None:
     """The functional road: live models, `stack_module_state`, `generators=` from where each model's making left off."""
@@ -103,6 +105,7 @@ def test_generators_by_hand(script: ModuleType, lone: Callable[[ModuleType, int]
         assert torch.equal(generators[i].get_state(), stream)
 
 
+@both
 @SCRIPTS
 def test_the_packing_changes_nothing(script: ModuleType) -> None:
     """A seed's run among others, in another order, alone, or in chunks: one and the same within rounding."""
