@@ -118,9 +118,10 @@ def modes(pair: Pair, seed: int) -> Pair:
 
 
 def cast(pair: Pair, seed: int) -> Pair:
+    """To float32, and never back: what was rounded would be compared as if it were exact."""
     stack, models = pair
     for module in (stack, *models):
-        module.to(torch.float32 if seed & 1 else torch.float64)
+        module.to(torch.float32 if seed & 1 else dtype_of(models))
     return pair
 
 

@@ -1,0 +1,85 @@
+"""What a Stack needs of torch's private corners; a red test here names what breaks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from memberwise._torch import dynamo, recurrent, views
+
+
+class View(torch.Tensor):
+    """A tensor that answers `.grad` itself."""
+
+    @property
+    def grad(self) -> str:
+        return "its own answer"
+
+
+def test_a_leaf_on_other_memory_writes_through_and_requires_grad() -> None:
+    """Breaks: live members; `stack[i].weight` would be a copy, or no leaf."""
+    whole = torch.zeros(3, 2)
+    leaf = views.leaf_on(View, whole[1], True)
+    assert type(leaf) is View
+    assert leaf.is_leaf
+    assert leaf.requires_grad
+    with torch.no_grad():
+        leaf += 1
+    assert whole.tolist() == [[0, 0], [1, 1], [0, 0]]
+    assert leaf._version == whole._version == 1
+
+
+def test_a_gradient_can_be_taken_out_below_an_answer_of_its_own() -> None:
+    """Breaks: `stack[i](x).backward()` would lose its gradient, or count it twice."""
+    leaf = views.leaf_on(View, torch.ones(2), True)
+    passed_on = []
+    leaf.register_post_accumulate_grad_hook(lambda param: passed_on.append(views.take_gradient(param)))
+    (leaf * 3).sum().backward()
+    (leaf * 4).sum().backward()
+    assert [grad.tolist() for grad in passed_on] == [[3, 3], [4, 4]]
+    assert views.take_gradient(leaf) is None
+    assert leaf.grad == "its own answer"
+
+
+seen: list[bool] = []
+
+
+@dynamo.uncompiled
+def looks_whether_compiled(x: torch.Tensor) -> torch.Tensor:
+    return called_from_there(x)
+
+
+def called_from_there(x: torch.Tensor) -> torch.Tensor:
+    seen.append(torch.compiler.is_compiling())
+    return x + 1
+
+
+class Calls(nn.Module):
+    """A module whose forward is not compiled."""
+
+    @dynamo.uncompiled
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return called_from_there(x)
+
+
+def test_marked_code_and_what_it_calls_is_not_compiled() -> None:
+    """Breaks: `torch.compile(stack)` would trace into the engine."""
+    seen.clear()
+    x = torch.ones(2)
+    assert torch.compile(lambda x: looks_whether_compiled(x * 2) * 3, backend="eager")(x).tolist() == [9, 9]
+    assert torch.compile(Calls(), backend="eager")(x).tolist() == [2, 2]
+    assert seen == [False, False]
+    assert looks_whether_compiled.__name__ == "looks_whether_compiled"
+
+
+def test_a_recurrent_module_holds_its_weights_a_second_time() -> None:
+    """Breaks: member tensors would stay behind in an LSTM after a call, and go into its copies and pickles."""
+    lstm = nn.LSTM(2, 2)
+    assert [*lstm._flat_weights] == [*lstm.parameters()]
+    lists = recurrent.kept_lists(lstm)
+    assert lists.keys() == {*recurrent.LISTS}
+    lstm._parameters["weight_ih_l0"] = other = nn.Parameter(torch.zeros(8, 2))
+    lstm(torch.ones(1, 2))
+    assert lstm._flat_weights[0] is other
+    recurrent.put_back(lstm, lists)
+    assert lstm._flat_weights[0] is not other
