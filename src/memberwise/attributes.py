@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from memberwise.errors import StateError, build
@@ -59,10 +60,12 @@ class Attributes:
 
     Attributes:
         kept: for each member, the attributes in which it differs from member 0.
+        overlaps: attributes of member 0 that are views of a parameter or buffer, told in words; a stack has copies.
     """
 
     def __init__(self) -> None:
         self.kept: list[dict[Key, Any]] = []
+        self.overlaps: list[str] = []
         self._first: dict[Key, Any] = {}
         self._tensors: dict[str, torch.Tensor] = {}
         self._holes: dict[str, Hole] = {}
@@ -82,6 +85,7 @@ class Attributes:
         self._note_objects(values)
         found = {key: _copied(value, memo) for key, value in values.items()}
         if not self.kept:
+            self.overlaps = [*_overlaps(values, state(model))]
             self._first, self.skeleton = found, filled(model, tensors)
             self.kept.append({})
             return
@@ -213,6 +217,21 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, _PLAIN):
         return []
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _overlaps(values: Mapping[Key, Any], tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    known = {id(tensor) for tensor in tensors.values()}
+    owners = {memory: name for name, tensor in tensors.items() if (memory := _memory(tensor))}
+    for (path, name), value in values.items():
+        for leaf in _tensors(value):
+            if id(leaf) not in known and _memory(leaf) in owners:
+                yield f"attribute '{f'{path}.{name}'.lstrip('.')}' lies in the memory of '{owners[_memory(leaf)]}'"
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Where a tensor's memory begins; 0 if it has none."""
+    has_one = tensor.layout is torch.strided and not tensor.is_meta and not is_lazy(tensor)
+    return tensor.untyped_storage().data_ptr() if has_one else 0
 
 
 def _can_stack_row(row: tuple[Any, ...]) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 
 import torch
 from torch import nn
 
 from memberwise.attributes import Attributes
-from memberwise.errors import ArgumentError, fail
+from memberwise.differences import listed
+from memberwise.errors import ArgumentError, StackWarning, fail, text
 from memberwise.gathering import Gathered, gather
 from memberwise.generators import make_generators
 from memberwise.module import Stack
@@ -44,7 +46,7 @@ def stack(models: Iterable[nn.Module], shared: Sequence[str] = ()) -> Stack:
         gather(models)  # raises
     count = len(models) if isinstance(models, Sized) else None
     gathered = gather(_noted(models, attributes), shared=shared, same="refuse", count=count, stacklevel=2)
-    return _made(gathered, attributes)
+    return _made(gathered, attributes, stacklevel=2)
 
 
 def build(
@@ -88,7 +90,7 @@ def build(
         dtype=dtype,
         stacklevel=2,
     )
-    out = _made(gathered, attributes)
+    out = _made(gathered, attributes, stacklevel=2)
     place = next(out.parameters(), next(out.buffers(), torch.empty(0))).device
     out.generators = streams if place.type in ("cpu", "meta") else make_generators(numbers, place)
     return out
@@ -123,7 +125,11 @@ def _noted(models: Iterable[nn.Module], attributes: Attributes) -> Iterator[nn.M
         del model
 
 
-def _made(gathered: Gathered, attributes: Attributes) -> Stack:
+def _made(gathered: Gathered, attributes: Attributes, stacklevel: int) -> Stack:
+    if attributes.overlaps:
+        what = f"tensors of one member share memory, which their stack does not:\n{listed(attributes.overlaps)}"
+        do = "What is written to one of them no longer shows in the other; make the view where it is used"
+        warnings.warn(text("MW107", what, do=do), StackWarning, stacklevel=stacklevel + 1)
     tensors = {**gathered.params, **gathered.buffers}
     named = {str(name): _as_parameter(tensor, name in gathered.params) for name, tensor in tensors.items()}
     template, carried = attributes.template(named)

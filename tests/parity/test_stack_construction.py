@@ -234,6 +234,48 @@ def test_tensors_in_structures_and_equal_ones_are_each_member_s_own() -> None:
     assert not models[0].total.any()
 
 
+class Transposed(nn.Module):
+    """Keeps a view of its weight in a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.turned = self.layer.weight.detach().t()
+
+
+def test_views_of_parameters_in_attributes_are_warned_of() -> None:
+    with pytest.warns(StackWarning, match=r"(?s)'turned' lies in the memory of 'layer\.weight'.*MW107") as caught:
+        memberwise.stack([Transposed() for _ in range(2)])
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(StackWarning, match="MW107") as caught:
+        memberwise.build(Transposed, seeds=range(2))
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize("how", ["chunks", "modes", "members"])
+@pytest.mark.filterwarnings("ignore::memberwise.errors.StackWarning")
+def test_attributes_where_members_take_turns(how: str) -> None:
+    models = [Holder(i + 1.0).double() for i in range(4)]
+    for i, model in enumerate(models):
+        nn.init.constant_(model.layer.bias, 0.5 * (-1) ** i)
+    stack, alone, x = memberwise.stack(models), [copy.deepcopy(model) for model in models], inputs(5, 3).detach()
+    if how == "modes":
+        stack.eval(members=[0, 2])
+
+    def one(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        out = model(x)
+        return out * (2 if model.layer.bias[0] > 0 else 3) if how == "members" else out
+
+    for _ in range(2):
+        expected = run_alone(alone, lambda model, i: one(model, x))
+        out = memberwise.vmap(one, (0, None), chunk_size=3 if how == "chunks" else None)(stack, x)
+        backward(out)
+        assert_equal(out.detach(), expected, "output")
+    assert_same_state(stack, alone)
+    assert stack.alias[0] is stack.layer.weight
+    assert_equal(stack.total, torch.stack([model.total for model in alone]), "attribute written in place")
+
+
 def test_of_one_model_too_attributes_have_the_member_axis() -> None:
     stack = memberwise.stack([Holder(2.0).double()])
     assert stack.total.shape == (1, 3)
