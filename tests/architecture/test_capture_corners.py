@@ -33,9 +33,6 @@ def test_views_share_a_memory_key_and_copies_do_not() -> None:
     x = torch.ones(4)
     assert identity.memory_key(x) == identity.memory_key(x[2:].view(2, 1)) == identity.memory_key(x.detach())
     assert identity.memory_key(x) != identity.memory_key(x.clone())
-    assert identity.memory_key(torch.ones(0)) != identity.memory_key(torch.ones(0, 2)) or True in (
-        torch.ones(0).data_ptr() == 0,
-    )
 
 
 OTHERS = {

@@ -196,3 +196,64 @@ def test_eager_and_captured_calls_may_alternate() -> None:
         ours = mixed.step(x) if k % 3 == 2 else captured(x)
         assert torch.equal(ours, eager.step(x))
     assert captured.captured.replayed >= 3
+
+
+# -- merging
+
+
+def _inputs_drawn(captured: Any) -> list[tuple[int, ...]]:
+    return [tuple(draw.example.shape) for _, draw in captured.captured.programs[0].draws]
+
+
+@pytest.mark.parametrize("inside", ["dropout", "rand", "two layers", "both"])
+def test_draws_of_members_are_one_input_of_the_program(inside: str) -> None:
+    body = {
+        "dropout": lambda x: nn.functional.dropout(x, 0.5),
+        "rand": lambda x: x * torch.rand(3),
+        "two layers": lambda x: nn.functional.dropout(nn.functional.dropout(x, 0.2), 0.4),
+        "both": lambda x: nn.functional.dropout(x, 0.2) + torch.randn(3),
+    }[inside]
+
+    def make() -> SimpleNamespace:
+        generators = make_generators(range(4))
+        step = vmap(body, randomness="different", generators=generators)
+        return SimpleNamespace(step=lambda x: step(x), generators=generators)
+
+    twins = Twins(make)
+    for _ in range(4):
+        twins.call(torch.randn(4, 3))
+        for ours, theirs in zip(twins.world.generators, twins.eager.generators, strict=True):
+            assert torch.equal(ours.get_state(), theirs.get_state())
+    assert twins.captured.replayed == 3
+    assert _inputs_drawn(twins.function) == [(4, 3)] * (1 if inside in ("dropout", "rand") else 2)
+
+
+FILLS: dict[str, Any] = {
+    "all but one": lambda x, g: [x[i].uniform_(generator=g[i]) for i in range(2)],
+    "backwards": lambda x, g: [x[i].uniform_(generator=g[i]) for i in (2, 1, 0)],
+    "read in between": lambda x, g: [x[0].uniform_(generator=g[0]), x.mul_(2), x[1].uniform_(), x[2].uniform_()],
+    "drawn in between": lambda x, g: [x[0].uniform_(), torch.rand(3), x[1].uniform_(), x[2].uniform_()],
+    "part of a slice": lambda x, g: [x[i][1:].uniform_() for i in range(3)],
+    "slices read later": lambda x, g: [x[i].uniform_().mul_(i) for i in range(3)],
+    "across": lambda x, g: [x[:, i].uniform_() for i in range(3)],
+    "twice": lambda x, g: [x[i].uniform_() for i in (0, 1, 2, 0, 1, 2)],
+    "memory order": lambda x, g: [x.t()[i].uniform_() for i in range(3)],
+}
+
+
+@pytest.mark.parametrize("name", FILLS)
+def test_fills_that_only_look_like_members(name: str) -> None:
+    def make() -> SimpleNamespace:
+        generators = make_generators(range(3))
+
+        def step(y: torch.Tensor) -> torch.Tensor:
+            x = torch.zeros(3, 3)
+            parts = FILLS[name](x, generators)
+            return x * y + sum(part.sum() for part in parts)
+
+        return SimpleNamespace(step=step, generators=generators)
+
+    twins = Twins(make)
+    for _ in range(4):
+        twins.call(torch.randn(3))
+    assert twins.captured.replayed == 3

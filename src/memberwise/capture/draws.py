@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from memberwise._torch.streams import stream_key
+from memberwise._torch.identity import stream_key
 from memberwise.generators import default_generator, drawing_from
 
 
@@ -38,12 +38,39 @@ class Draw:
         rest = [id(arg) if isinstance(arg, torch.Tensor) else repr(arg) for arg in others]
         return self.func, example.shape, example.stride(), example.dtype, example.device, tuple(rest)
 
+    def into(self, target: torch.Tensor) -> None:
+        """Fill `target` from here on."""
+        self.args = (target, *self.args[1:])
+        self.example = target
+
     def take(self) -> torch.Tensor:
         """Draw."""
         if self.stands_for is None:
             return self.func(*self.args, **self.kwargs)
         with drawing_from(self.stands_for):
             return self.func(*self.args, **self.kwargs)
+
+
+class MemberDraws(Draw):
+    """M draws, each into its slice of one tensor.
+
+    Attributes:
+        example: the tensor, `(M, *s)`, filled anew each time.
+        draws: one a member.
+    """
+
+    def __init__(self, draws: list[Draw]) -> None:
+        first = draws[0].example
+        self.example = torch.empty((len(draws), *first.shape), dtype=first.dtype, device=first.device)
+        self.draws = draws
+        for draw, part in zip(draws, self.example, strict=True):
+            draw.into(part)
+
+    def take(self) -> torch.Tensor:
+        """Draw for each member."""
+        for draw in self.draws:
+            draw.take()
+        return self.example
 
 
 class Streams:

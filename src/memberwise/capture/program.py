@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from memberwise._torch.identity import memory_key
 from memberwise._torch.tensorguards import tensor_check
 from memberwise.capture.arguments import Arguments
 from memberwise.capture.draws import Draw
@@ -112,7 +113,7 @@ class Program:
         """Derive what `match` compares."""
         changing = {index for index, _ in (*self.given, *self.moving, *self.grads_in, *self.draws)}
         stays = [value for index, value in enumerate(self.values) if index not in changing]
-        self.fixed_written = {_storage(value) for value in stays} & self.written
+        self.fixed_written = {memory_key(value) for value in stays} & self.written
         self.check = tensor_check(self.values)
 
     def match(self, arguments: Arguments) -> list[torch.Tensor] | None:
@@ -155,7 +156,7 @@ class Program:
         """Whether the tensors that change from call to call share no memory that is written to."""
         if not self.written:
             return True
-        storages = [_storage(values[index]) for index, _ in (*self.given, *self.moving, *self.grads_in)]
+        storages = [memory_key(values[index]) for index, _ in (*self.given, *self.moving, *self.grads_in)]
         return self.fixed_written.isdisjoint(storages) and len(set(storages)) == len(storages)
 
     def _settle(self) -> bool:
@@ -218,7 +219,3 @@ def _alike(before: Any, now: Any) -> bool:
         and (now.shape, now.stride(), now.dtype, now.device)
         == (before.shape, before.stride(), before.dtype, before.device)
     )
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata

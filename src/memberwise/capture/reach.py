@@ -36,7 +36,7 @@ PLAIN = (
 )  # fmt: skip
 """Values that hold nothing else: watched, and not followed."""
 
-_CLOSED = (types.BuiltinFunctionType, types.CodeType, torch.Size, torch._C.ScriptObject)
+_CLOSED = (types.BuiltinFunctionType, types.CodeType, torch.Size, torch.ScriptObject)
 """Values whose identity is watched, and that are not followed."""
 
 _MODULE_KEYS = frozenset(vars(nn.Module()))

@@ -16,8 +16,8 @@ from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from memberwise._torch.dispatch import DispatchMode
+from memberwise._torch.identity import memory_key, stream_key
 from memberwise._torch.pytree import tree_flatten, tree_unflatten
-from memberwise._torch.streams import stream_key
 from memberwise.capture.draws import Draw, Streams, state_of
 from memberwise.capture.reads import HostReads
 from memberwise.capture.refusals import Refusal, user_line
@@ -94,7 +94,7 @@ class Recorder(DispatchMode):
         leaves, spec = tree_flatten((args, kwargs))
         if any(_is_subclass(leaf) for leaf in leaves):
             return NotImplemented
-        if not isinstance(func, torch._ops.OpOverload):
+        if not hasattr(func, "_schema"):
             self.refuse(Refusal("higher-order", str(func), user_line()))
             return func(*args, **kwargs)
         if _Tag.nondeterministic_seeded in func.tags:
@@ -125,7 +125,7 @@ class Recorder(DispatchMode):
         return self.node(tensor) is None or id(tensor) in self._input_ids
 
     def _all_fixed(self, tensors: list[torch.Tensor]) -> bool:
-        return all(_storage(tensor) in self._fixed for tensor in tensors)
+        return all(memory_key(tensor) in self._fixed for tensor in tensors)
 
     def _record(self, func: Any, leaves: list[Any], spec: Any, out: Any) -> None:
         made = [x for x in tree_flatten(out)[0] if isinstance(x, torch.Tensor)]
@@ -142,8 +142,8 @@ class Recorder(DispatchMode):
 
     def _note(self, made: list[torch.Tensor], written: list[torch.Tensor], fixed: bool) -> None:
         """Remember what was written to, and whose values are the same in each run."""
-        self.written |= {_storage(tensor) for tensor in written}
-        touched = {_storage(tensor) for tensor in (*made, *written)}
+        self.written |= {memory_key(tensor) for tensor in written}
+        touched = {memory_key(tensor) for tensor in (*made, *written)}
         self._fixed = self._fixed | touched if fixed else self._fixed - touched
 
     def _argument(self, leaf: Any) -> Any:
@@ -160,6 +160,7 @@ class Recorder(DispatchMode):
     def _name_results(self, node: fx.Node, out: Any) -> None:
         if isinstance(out, torch.Tensor):
             self._nodes[out] = node
+            node.meta["kind"] = (out.shape, out.stride())
             return
         for index, made in enumerate(out or ()):
             if isinstance(made, torch.Tensor):
@@ -190,7 +191,7 @@ class Recorder(DispatchMode):
             attribute = self.graph.get_attr(name)
             self._first = self._first or attribute
             self._nodes[tensor] = self._append(_aten.lift_fresh_copy.default, (attribute,), {})
-            self._fixed.add(_storage(tensor))
+            self._fixed.add(memory_key(tensor))
 
     def _draw(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Let a random operation happen, and make its result an input."""
@@ -246,18 +247,14 @@ class Recorder(DispatchMode):
         """Whether a draw's argument is what it is before the step runs."""
         if not isinstance(value, torch.Tensor) or self._is_fixed(value):
             return True
-        return self.is_input(value) and _storage(value) not in self.written
+        return self.is_input(value) and memory_key(value) not in self.written
 
     def _is_fixed(self, value: Any) -> bool:
-        return isinstance(value, torch.Tensor) and _storage(value) in self._fixed
+        return isinstance(value, torch.Tensor) and memory_key(value) in self._fixed
 
 
 def _is_subclass(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and type(leaf).__torch_dispatch__ is not _PLAIN_DISPATCH
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:

@@ -1,0 +1,20 @@
+"""Which random stream a generator is, and which memory a tensor lies in, as numbers.
+
+Inside a dispatch handler torch hands out a new Python object for the same generator each time, and for the same
+storage always, so `is` does not tell. `data_ptr()` does not either: empty storages have none, and a view its own.
+Missing is a public way to ask whether two such objects are one thing.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def stream_key(generator: torch.Generator) -> int:
+    """A number that is equal for all Python objects of one generator, while one of them lives."""
+    return generator._cdata  # type: ignore[attr-defined] # in no stub
+
+
+def memory_key(tensor: torch.Tensor) -> int:
+    """A number that is equal for all tensors on one storage, while one of them lives."""
+    return tensor.untyped_storage()._cdata
