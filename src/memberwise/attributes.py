@@ -24,6 +24,7 @@ from memberwise.trees import tree_leaves, tree_transpose_map
 
 _STRUCTURE = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, types.FunctionType, torch.dtype, torch.device)
+_CONTAINERS = (dict, list, tuple, set)
 _WHOLE = ""
 """Stands for the name of an attribute where a whole submodule is of another class."""
 
@@ -117,7 +118,7 @@ class Attributes:
             self._one_object = {key: [*map(weakref.ref, _tensors(value))] for key, value in values.items()}
             return
         for key, refs in [*self._one_object.items()]:
-            if [*map(id, _tensors(values.get(key)))] != [id(ref()) for ref in refs]:
+            if refs and [*map(id, _tensors(values.get(key)))] != [id(ref()) for ref in refs]:
                 del self._one_object[key]
 
     def _has_own_tensors(self, key: Key, value: Any) -> bool:
@@ -184,6 +185,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """A copy cut off from the member; `memo` keeps what is one object in two attributes one object."""
     if isinstance(value, _PLAIN):
         return value
+    if isinstance(value, _CONTAINERS) and not value:
+        return copy.copy(value)  # a module has ten dicts of hooks, most of them empty
     for leaf in tree_leaves(value):
         if isinstance(leaf, torch.Tensor) and id(leaf) not in memo:
             memo[id(leaf)] = leaf.detach().clone()
@@ -214,7 +217,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, _PLAIN):
+    if isinstance(value, _PLAIN) or (isinstance(value, _CONTAINERS) and not value):
         return []
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
