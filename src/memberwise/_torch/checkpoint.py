@@ -17,6 +17,9 @@ from typing import Any
 
 from torch.utils import checkpoint as torch_checkpoint
 
+StopRecomputation = torch_checkpoint._StopRecomputationError
+"""What ends a recomputation early, once all that backward needs is there."""
+
 Surroundings = Callable[[], contextlib.AbstractContextManager[Any]]
 
 

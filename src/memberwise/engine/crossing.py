@@ -25,6 +25,9 @@ class Enter(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.region, ctx.batched = inputs[0], inputs[1]
         ctx.set_materialize_grads(False)
+        fixed = [member for member, tensor in zip(output, inputs[2:], strict=True) if not tensor.requires_grad]
+        if fixed:  # inside a transform of functorch buffers come along, which must not require a gradient
+            ctx.mark_non_differentiable(*fixed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

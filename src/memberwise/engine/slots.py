@@ -6,6 +6,7 @@ the places once, and looks only whether the module is still the one it knows.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class Slots:
     Args:
         template: the module; its parameters and buffers are `(M, *s)`, those in `shared` have their own shape.
         shared: state-dict keys of what has no member axis.
-        members: M, for a module without stacked tensors.
+        members: M, if it is known; else the first stacked tensor tells it.
 
     Attributes:
         generators: one random stream a member, or None; a call that brings none of its own draws from them.
@@ -72,6 +73,7 @@ class Slots:
         carried: stacked tensors that calls left in plain attributes, by (module, attribute).
         retreats: modules that run member by member, and why.
         aliases: plain attributes, by (module, attribute), that lead to parameters or buffers.
+        lock: held by the thread in which a call shows members in the template.
     """
 
     def __init__(self, template: nn.Module, shared: frozenset[str] = frozenset(), members: int | None = None) -> None:
@@ -83,6 +85,7 @@ class Slots:
         self.retreats: dict[nn.Module, str] = {}
         self.carried: dict[tuple[nn.Module, str], Any] = {}
         self.aliases: list[tuple[nn.Module, str]] = []
+        self.lock = threading.RLock()
         self._modules: list[nn.Module] = []
 
     @property
@@ -136,17 +139,19 @@ class Slots:
         kept = ("template", "shared", "members", "generators", "apart", "retreats", "carried")
         return {"_modules": [], "aliases": [], **{name: self.__dict__[name] for name in kept}}  # places are found again
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.RLock())
+
     def watched_modules(self) -> list[nn.Module]:
         """The modules whose attributes a call may change: torch's own do so only by hooks."""
         return self._modules if any(self._hooks) else self._custom
 
     def size(self) -> int | None:
         """M, or None if there is no stacked tensor to tell it."""
-        for place in self.places:
-            value = place.owner[place.name]
-            if value is not None and not place.shared:
-                return value.shape[0]
-        return self.members
+        if self.members is not None:
+            return self.members
+        stacked = (tensor for tensor, held in self.tensors() if held and tensor is not None)
+        return next((tensor.shape[0] for tensor in stacked), None)
 
     def tensors(self) -> list[tuple[Any, bool]]:
         """`(tensor or None, stacked)` of each place."""
