@@ -147,7 +147,7 @@ def test_a_users_backward_runs_inside_what_its_forward_ran_in() -> None:
             return grad * 3
 
     before = torch.autograd.Function.__dict__["apply"]
-    functions.enter_functions(lambda: Inside)
+    functions.enter_functions(lambda: Inside, tuple)
     try:
         x = torch.ones(2, requires_grad=True)
         out = Triple.apply(x)
