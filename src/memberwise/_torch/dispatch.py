@@ -20,6 +20,7 @@ __all__ = [
     "DispatchMode",
     "applier",
     "functorch_active",
+    "has_tangents",
     "make_wrapper",
     "mode_depth",
     "pop_mode",
@@ -66,6 +67,11 @@ def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return torch._C._FunctionBase.__dict__["apply"].__get__(None, function)
 
 
+def has_tangents() -> bool:
+    """Whether forward-mode differentiation is under way, torch's or functorch's."""
+    return forward_ad._current_level >= 0
+
+
 def shorten_backward(function: type[torch.autograd.Function]) -> None:
     """Let autograd call `function.backward` at once; torch's own `apply` looks first which of four it is to call."""
     backward = function.backward
@@ -79,5 +85,5 @@ def composites_must_stand_aside() -> bool:
         torch._C._are_functorch_transforms_active()
         or torch._C._is_any_autocast_enabled()
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        or forward_ad._current_level >= 0
+        or has_tangents()
     )

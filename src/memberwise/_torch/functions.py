@@ -21,11 +21,14 @@ _lock = threading.Lock()
 _depth = 0
 _original: Any = Function.__dict__["apply"]
 _around: Callable[[], Callable[[], AbstractContextManager[Any]] | None] = lambda: None
+_prepare: Callable[[Any], Any] = tuple
 
 
 def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-    out = _original.__get__(None, cls)(*args, **kwargs)
     around = _around()
+    if around is not None:
+        args = _prepare(args)
+    out = _original.__get__(None, cls)(*args, **kwargs)
     if around is not None:
         for value in out if isinstance(out, tuple | list) else (out,):
             node = value.grad_fn if isinstance(value, torch.Tensor) else None
@@ -45,15 +48,16 @@ def _inside(apply: Callable[..., Any], around: Callable[[], AbstractContextManag
 _patched = classmethod(_apply)
 
 
-def enter_functions(around: Callable[[], Any]) -> None:
+def enter_functions(around: Callable[[], Any], prepare: Callable[[Any], Any]) -> None:
     """From here on, nodes of users' Functions run their backward inside `around()()`.
 
-    `around` answers for the calling thread, with None where no region runs in it.
+    `around` answers for the calling thread, with None where no region runs in it. `prepare` is given the arguments of
+    a Function, which torch does not show to anybody.
     """
-    global _depth, _around
+    global _depth, _around, _prepare
     with _lock:
         _depth += 1
-        _around = around
+        _around, _prepare = around, prepare
         if _depth == 1:
             Function.apply = _patched  # type: ignore[assignment] # taken back when the last region ends
 

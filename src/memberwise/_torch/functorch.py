@@ -31,6 +31,10 @@ def _restored_keys() -> AbstractContextManager[Any]:
     return torch._C._ForceDispatchKeyGuard(include, exclude)
 
 
+is_transformed: Callable[[torch.Tensor], bool] = _functorch.is_functorch_wrapped_tensor
+"""Whether a tensor belongs to a transform of `torch.func` that is under way."""
+
+
 class Unbatchable(Exception):
     """torch has no batching rule for this call."""
 

@@ -7,13 +7,14 @@ part in: `torch.zeros(3)`, `torch.randn(3)`, a mask made of plain tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
+from memberwise._torch.backward import in_backward
 from memberwise._torch.dispatch import DispatchMode
-from memberwise.engine.crossing import total
 from memberwise.engine.tensor import MemberTensor
+from memberwise.errors import EngineError, fail
 from memberwise.generators import global_generators
 
 _classes: list[type[MemberTensor]] = [MemberTensor]
@@ -34,6 +35,7 @@ class Region(DispatchMode):
         randomness: "error", "different" or "same", as in `torch.vmap`.
         generators: one `torch.Generator` a member, or None.
         tensor_class: the member class of this nesting level.
+        closures: tensors that the function was not given and that need gradients, as they were taken in.
         journal: what was overwritten of memory that outlives the call, for undo.
         running: whether the call is still under way (its backward may come later).
     """
@@ -52,7 +54,7 @@ class Region(DispatchMode):
         self.tensor_class = tensor_class(level)
         self.journal: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.touched: set[int] = set()
-        self.watched: dict[int, torch.Tensor] = {}
+        self.closures: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.running = False
         self._streams: list[tuple[torch.Generator, torch.Tensor]] | None = None
 
@@ -69,9 +71,11 @@ class Region(DispatchMode):
             self.touched.add(id(tensor))
             self.journal.append((tensor, tensor.detach().clone()))
 
-    def keep_streams(self) -> None:
+    def keep_streams(self, *, draws: bool = True) -> None:
         """Remember where the random streams stand, before the first draw."""
         if self._streams is None and self.running:
+            if draws and self.generators is not None and in_backward():
+                refuse_to_draw_again()
             used = self.generators if self.generators is not None else global_generators()
             self._streams = [(generator, generator.get_state()) for generator in used]
 
@@ -86,21 +90,9 @@ class Region(DispatchMode):
         self.touched.clear()
         self._streams = None
 
-    def watch(self, tensor: torch.Tensor) -> None:
-        """See to it that a plain tensor used inside gets the sum of its members' gradients, as in a loop."""
-        if id(tensor) in self.watched:
-            return
-        self.watched[id(tensor)] = tensor
-        if not getattr(tensor, "_memberwise_watched", False):
-            tensor._memberwise_watched = True  # type: ignore[attr-defined] # one hook a tensor, however many calls
-            tensor.register_hook(sum_outside)
 
-
-def sum_outside(grad: torch.Tensor) -> torch.Tensor:
-    """Gradient hook of a plain tensor: the sum over members, unless its call still runs and wants each one's."""
-    if isinstance(grad, MemberTensor) and not grad._region.running:
-        return total(grad)
-    return grad
-
-
-sum_outside.__torch_unserialize__ = True  # type: ignore[attr-defined] # torch.save need not warn of this hook
+def refuse_to_draw_again() -> NoReturn:
+    """Refuse draws from members' own streams in a backward pass, where they would be other ones than in forward."""
+    what = "a call with random streams of its own draws in a backward pass, as a checkpoint around it does"
+    do = "torch restores the global stream alone; put the checkpoint into the members' forward, where theirs are too"
+    fail(EngineError, "MW209", what, do=do)

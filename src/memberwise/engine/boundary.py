@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 
-from memberwise._torch.checkpoint import recomputed_inside
+from memberwise._torch.checkpoint import StopRecomputation, recomputed_inside
 from memberwise._torch.dispatch import push_mode
 from memberwise._torch.dynamo import uncompiled
 from memberwise._torch.functions import enter_functions, leave_functions
 from memberwise.engine import again, retreat
 from memberwise.engine.ambient import Region
+from memberwise.engine.closures import function_arguments
 from memberwise.engine.arguments import Arguments, mapped
-from memberwise.engine.crossing import total
 from memberwise.engine.outputs import bad, check_out_dims, outputs
 from memberwise.engine.parting import in_parts, parts
 from memberwise.engine.signals import Retreat
-from memberwise.engine.tensor import MemberTensor
+from memberwise.engine.slots import Slots
 from memberwise.errors import EngineError, MemberwiseError, fail
 
 
@@ -72,6 +72,9 @@ def vmap(
     return uncompiled(mapped_func)
 
 
+_NOTHING = nullcontext()
+
+
 def run(
     func: Callable[..., Any],
     arguments: Arguments,
@@ -81,6 +84,23 @@ def run(
     chunk_size: int | None = None,
 ) -> Any:
     """Run `func` for all members of `arguments`, in chunks of members if asked to."""
+    with _locked(arguments.slots):
+        return _run_parts(func, arguments, out_dims, randomness, generators, chunk_size)
+
+
+def _locked(stacks: list[Slots]) -> AbstractContextManager[Any]:
+    """One thread at a time shows members in a stack's template."""
+    if len(stacks) < 2:
+        return stacks[0].lock if stacks else _NOTHING
+    locks = ExitStack()
+    for slots in sorted(stacks, key=id):
+        locks.enter_context(slots.lock)
+    return locks
+
+
+def _run_parts(
+    func: Callable[..., Any], arguments: Arguments, out_dims: Any, randomness: str, generators: Any, chunk_size: Any
+) -> Any:
     if generators is None:
         generators = arguments.streams()
     mode = "different" if generators is not None else randomness
@@ -114,7 +134,7 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
     inside, swaps = arguments.enter(region)
     region.running = True
     again.local.regions = (*outer, region)
-    enter_functions(again.current)
+    enter_functions(again.current, function_arguments)
     push_mode(region)
     try:
         try:
@@ -131,6 +151,10 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
     except Retreat:
         retreat.undo(region, swaps)
         raise
+    except StopRecomputation:  # a checkpoint around this call has what it needs: what was written stays, as alone
+        for slots, swap in swaps:
+            slots.leave(swap, region)
+        raise
     except Exception as error:
         retreat.undo(region, swaps)
         if isinstance(error, MemberwiseError) or retreat.is_lone(error, swaps):
@@ -144,24 +168,13 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
     finally:
         region.running = False
         region.forget()
-    _sum_leaf_gradients(region)
     return result
-
-
-_NO_MODULES = nullcontext()
 
 
 def _by_members(swaps: retreat.Swaps, region: Region) -> AbstractContextManager[None]:
     """Where modules are known to part ways, they run member by member."""
     known = [slots for slots, _ in swaps if slots.retreats]
-    return retreat.modules_by_members(swaps, region) if known else _NO_MODULES
-
-
-def _sum_leaf_gradients(region: Region) -> None:
-    """A backward inside the call left member tensors in the `.grad` of shared leaves; they get the sum."""
-    for tensor in region.watched.values():
-        if tensor.is_leaf and isinstance(tensor.grad, MemberTensor):
-            tensor.grad = total(tensor.grad, region).detach()
+    return retreat.modules_by_members(swaps, region) if known else _NOTHING
 
 
 def _check_generators(generators: Any, size: int) -> Any:

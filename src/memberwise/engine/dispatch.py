@@ -124,7 +124,6 @@ class Call:
         "region",
         "tensor_class",
         "values",
-        "watched",
     )  # fmt: skip
 
     def __init__(self, op: Operation, region: Region | None) -> None:
@@ -190,10 +189,10 @@ class Call:
         op = self.op
         region = self.region
         assert region is not None
-        if self.plain is not None and self.member is not None and torch.is_grad_enabled():
-            for tensor in self.plain:
-                if tensor.requires_grad:
-                    region.watch(tensor)
+        if self.plain is not None and torch.is_grad_enabled() and any(t.requires_grad for t in self.plain):
+            if self.member is None:
+                return self._wrap_plain(op)
+            part_ways(region, f"{op.name} meets a tensor that needs a gradient and was not taken into the call")
         if op.swaps_memory and self.member is not None:
             part_ways(region, f"{op.name} gives a tensor other memory")
         if op.is_host and self.batched:
@@ -214,6 +213,12 @@ class Call:
             self.differs = False  # brought into the lone result's order already
         source = self.args[0] if op.is_view and type(self.args[0]) is self.tensor_class else None
         return _wrap(out, dims, op, region, source, self.differs)
+
+    def _wrap_plain(self, op: Operation) -> Any:
+        """What is computed from outer tensors alone, and needs a gradient, has the lone graph and stays plain."""
+        if op.is_random:
+            part_ways(self.region, f"{op.name} draws for a tensor that was not taken into the call")
+        return op.func(*self.values, **self.kwargs)
 
     def _record(self, path: str, func: Any, *values: Any, **kwargs: Any) -> Any:
         if trace.active is None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.nn import functional as F
 
 from memberwise._torch.dispatch import DisableTorchFunctionSubclass
+from memberwise.engine import closures
+from memberwise.engine.closures import taken_in
 from memberwise.engine.host import HOST
 from memberwise.engine.retreat import function_by_members
 from memberwise.engine.signals import Decline
@@ -17,6 +20,8 @@ from memberwise.rules.registry import composite_for
 def on_function(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     """Entry from `__torch_function__`."""
     with DisableTorchFunctionSubclass():
+        if torch.is_grad_enabled():
+            args, kwargs = taken_in(cls, args, kwargs)
         rule = composite_for(func) or HOST.get(func)
         if rule is not None:
             out = rule(*args, **kwargs) if kwargs else rule(*args)
@@ -27,6 +32,8 @@ def on_function(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = N
             return function_by_members(func, reason, args, kwargs or {})
         return func(*args, **kwargs) if kwargs else func(*args)
 
+
+HOST[torch.autograd.grad] = closures.grad
 
 BY_MEMBERS: dict[Any, str] = {
     F.linear_cross_entropy: "its backward writes gradients into plain tensors that it makes itself",

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from memberwise._torch.backward import in_backward
 from memberwise._torch.dispatch import DispatchMode, suspended
 from memberwise.engine import trace
-from memberwise.engine.ambient import Region
+from memberwise.engine.ambient import Region, refuse_to_draw_again
 from memberwise.engine.arguments import Arguments
 from memberwise.engine.crossing import enter, leave
 from memberwise.engine.signals import Retreat
@@ -160,7 +161,7 @@ def _slots_inside(module: nn.Module) -> Slots:
 
 def _prepare_undo(region: Region, tensors: list[tuple[Any, bool]]) -> None:
     """A later module of this call may retreat too: what is written member by member, no dispatch sees."""
-    region.keep_streams()
+    region.keep_streams(draws=False)
     for tensor, _ in tensors:
         if isinstance(tensor, MemberTensor) and tensor._outside:
             region.keep(tensor._inner)
@@ -201,7 +202,7 @@ def by_members(func: Callable[..., Any], arguments: Arguments, out_dims: Any, re
                 solo.show(i)
                 own[k] = solo.slots.template
             args, kwargs = arguments.build(own)
-            with _stream(region, i):
+            with _stream(region, i, anew=True):
                 outs.append(func(*args, **kwargs))
             for solo in solos.values():
                 solo.collect()
@@ -266,16 +267,30 @@ def _stack_at(outs: list[Any], out_dims: Any) -> Any:
 
 
 @contextmanager
-def _stream(region: Region, index: int) -> Iterator[None]:
-    """Member `index`'s randomness, for code that draws from the global generator."""
+def _stream(region: Region, index: int, *, anew: bool = False) -> Iterator[None]:
+    """Member `index`'s randomness, for code that draws from the global generator.
+
+    `anew`: the call runs now, and is no recomputation of a part of it, which finds the streams as they were.
+    """
     with ExitStack() as stack:
         if region.generators is not None:
-            stack.enter_context(drawing_from(region.generators[index]))
+            drawing = _drawing_once if anew or region.running else drawing_from
+            stack.enter_context(drawing(region.generators[index]))
         elif region.randomness == "error":
             stack.enter_context(_RefuseDraws())
         elif region.randomness == "same" and index < region.batch_size - 1:
             stack.enter_context(restoring(global_generators()))
         yield
+
+
+@contextmanager
+def _drawing_once(stream: torch.Generator) -> Iterator[None]:
+    """Draw from a member's stream; not in a backward pass, which would not draw the same again."""
+    before = stream.get_state() if in_backward() else None
+    with drawing_from(stream):
+        yield
+    if before is not None and not torch.equal(before, stream.get_state()):
+        refuse_to_draw_again()
 
 
 class _RefuseDraws(DispatchMode):

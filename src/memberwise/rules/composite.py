@@ -100,7 +100,7 @@ class Composite:
             if type(args) is Decline:
                 return args
         region: Region | None = None
-        tracked = plain = False
+        tracked = False
         dims: list[Any] = []
         values: list[Any] = []
         for arg in args:
@@ -115,15 +115,12 @@ class Composite:
             else:
                 dims.append(None)
                 values.append(arg)
-                plain = plain or (isinstance(arg, torch.Tensor) and arg.requires_grad)
         if region is None:
             return _UNSEEN
         if region.running and top_mode() is not region:
             return _ASIDE
         try:
-            if (tracked or plain) and torch.is_grad_enabled():
-                if plain:
-                    _watch_plain(args, region)
+            if tracked and torch.is_grad_enabled():
                 return _apply(self, region, dims, values, *args)
             return self.run(region, dims, values)[0]
         except Declined as signal:
@@ -178,12 +175,6 @@ def _outside(region: Region, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     finally:
         push_mode(region)
-
-
-def _watch_plain(args: Any, region: Region) -> None:
-    for arg in args:
-        if isinstance(arg, torch.Tensor) and arg.requires_grad and not isinstance(arg, MemberTensor):
-            region.watch(arg)
 
 
 class Declined(Exception):
