@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.parity.rule_case import RuleCase, case, of, positive, whole
+from tests.parity.rule_case import RuleCase, case, of, whole
 
 _aten = torch.ops.aten
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES = [
     *[
@@ -51,14 +50,6 @@ CASES = [
     case(_aten.min.default, of()),
     case(_aten.any.default, of(2, 3) > 1),
     case(_aten.all.default, of(2) > -9),
-    case(_aten._softmax_backward_data.default, of(3, 4), positive(3, 4), 1, torch.float64),
-    case(_aten._log_softmax_backward_data.default, of(3, 4), of(3, 4), 0, torch.float64),
-    case(_aten._log_softmax_backward_data.default, of(), of(), 0, torch.float64, name="one number"),
-    *[
-        case(soft.default, value, dim, False, name=f"ndim {value.ndim}")
-        for soft in (_aten._softmax, _aten._log_softmax)
-        for value, dim in ((of(2, 3, 4), 1), (of(), 0))
-    ],
     *[case(_aten.sum.default, value, name=f"ndim {value.ndim}") for value in (of(2, 3), of())],
     *[case(_aten.mean.default, value, name=f"ndim {value.ndim}") for value in (of(2, 3), of())],
     case(_aten.sum.dim_IntList, of(2, 3, 4), [0, -1], True),

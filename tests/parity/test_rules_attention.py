@@ -8,7 +8,6 @@ import torch
 from tests.parity.rule_case import RuleCase, case, of
 
 _aten = torch.ops.aten
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 _flash = _aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default

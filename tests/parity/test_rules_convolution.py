@@ -11,7 +11,6 @@ from memberwise.rules import convolution
 from tests.parity.rule_case import RuleCase, case, of
 
 _aten = torch.ops.aten
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 _conv, _back = _aten.convolution.default, _aten.convolution_backward.default
 _BATCH = {"batch_dims": (0, *(None,) * 8)}

@@ -9,7 +9,6 @@ import memberwise
 from tests.parity.rule_case import RuleCase, case, of, whole
 
 _aten = torch.ops.aten
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES = [
     case(_aten.embedding.default, of(6, 3), whole(6, 2, 5), batch_dims=(None, 0)),

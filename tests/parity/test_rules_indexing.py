@@ -8,7 +8,6 @@ import torch
 from tests.parity.rule_case import RuleCase, case, of, whole
 
 _aten = torch.ops.aten
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES = [
     case(_aten.gather.default, of(3, 4), 1, whole(4, 3, 2)),

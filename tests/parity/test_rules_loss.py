@@ -6,11 +6,13 @@ import itertools
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+import memberwise
+from tests.parity.loops import check, numbers
 from tests.parity.rule_case import RuleCase, case, of, positive, whole
 
 _aten = torch.ops.aten
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 _REDUCTIONS = (0, 1, 2)
 _nll, _nll_back = _aten.nll_loss_forward.default, _aten.nll_loss_backward.default
@@ -77,9 +79,52 @@ CASES = [
     case(_bce_back, of(), positive(3, 4), positive(3, 4, seed=4), positive(4), 1, grad=False),
     case(_logits, of(3, 4), positive(3, 4), positive(4), positive(4), 1, state=(2, 3)),
     case(_logits, of(3, 4), positive(3, 4), None, None, 0, name="no weight", state=(2, 3)),
+    *[
+        case(
+            F.cross_entropy,
+            *(of(count, 3), whole(3, count), weight),
+            name=f"{count} samples, {reduction}, ignore {ignore}, smoothing {smoothing}",
+            state=(2,),
+            batch_dims=(0, 0, None),
+            reduction=reduction,
+            ignore_index=ignore,
+            label_smoothing=smoothing,
+        )
+        for count, weight in ((4, None), (9, None), (9, positive(3)))
+        for reduction, ignore, smoothing in itertools.product(("none", "mean", "sum"), (-100, 1), (0.0, 0.1))
+    ],
+    case(F.cross_entropy, of(3), torch.tensor(1), positive(3), name="one sample", state=(2,), label_smoothing=0.2),
+    case(F.cross_entropy, of(9, 9), whole(9, 9), name="as many classes as samples"),
+    *[
+        case(F.mse_loss, of(4, 3), of(4, 3, seed=3), name=reduction, batch_dims=(0, 0), reduction=reduction)
+        for reduction in ("none", "mean", "sum")
+    ],
+    case(F.mse_loss, of(), of(), name="one number"),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_rule(case: RuleCase) -> None:
     case.check()
+
+
+@pytest.mark.parametrize("count", [4, 9])
+@pytest.mark.parametrize("label", [3, -1])
+def test_a_label_out_of_range_is_refused(count: int, label: int) -> None:
+    """As alone, and never another member's class."""
+    labels = whole(3, 2, count)
+    labels[0, 1] = label
+    with pytest.raises(IndexError):
+        memberwise.vmap(F.cross_entropy)(of(2, count, 3), labels)
+
+
+@pytest.mark.parametrize("kind", ["probabilities", "images", "size_average"])
+def test_what_the_composite_declines(kind: str) -> None:
+    """It goes down the ladder, and is the loop's."""
+    if kind == "probabilities":
+        check(lambda x, y: F.cross_entropy(x, y.softmax(1), label_smoothing=0.1), numbers(3, 4, 5), numbers(3, 4, 5))
+    elif kind == "images":
+        check(F.cross_entropy, numbers(3, 2, 5, 2, 2), whole(5, 3, 2, 2, 2))
+    else:
+        with pytest.warns(UserWarning, match="size_average"):
+            check(lambda x, y: F.cross_entropy(x, y, size_average=False), numbers(3, 4, 5), whole(5, 3, 4))

@@ -8,7 +8,6 @@ import torch
 from tests.parity.rule_case import RuleCase, case, of, positive
 
 _aten = torch.ops.aten
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 _layer, _layer_back = _aten.native_layer_norm.default, _aten.native_layer_norm_backward.default
 _batch, _batch_back = _aten.native_batch_norm.default, _aten.native_batch_norm_backward.default

@@ -8,7 +8,6 @@ import torch
 from tests.parity.rule_case import RuleCase, case, of
 
 _aten = torch.ops.aten
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 _flat, _solid = of(2, 3, 5, 5), of(2, 2, 4, 4, 4)
 _max2, _max3 = _aten.max_pool2d_with_indices, _aten.max_pool3d_with_indices

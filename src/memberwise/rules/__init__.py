@@ -1,9 +1,12 @@
 """The rules: how each operation runs for all members at once. Importing this fills the table."""
 
 from memberwise.rules import (
+    activation,
     along,
     attention,
     convolution,
+    cross_entropy,
+    dropout,
     embedding,
     indexing,
     linear,
@@ -14,13 +17,17 @@ from memberwise.rules import (
     pooling,
     reduce,
     shape,
+    softmax,
 )
 from memberwise.rules.registry import register_rule
 
 __all__ = [
+    "activation",
     "along",
     "attention",
     "convolution",
+    "cross_entropy",
+    "dropout",
     "embedding",
     "indexing",
     "linear",
@@ -32,4 +39,5 @@ __all__ = [
     "reduce",
     "register_rule",
     "shape",
+    "softmax",
 ]

@@ -16,31 +16,15 @@ from memberwise.rules.registry import register_rule
 
 _aten = torch.ops.aten
 
-KEPT = ["cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "sort.stable", "topk"]
+KEPT = ("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "sort.stable", "topk")
 """The dimension stays."""
 
-REDUCED = [
-    "any.dim",
-    "all.dim",
-    "prod.dim_int",
-    "max.dim",
-    "min.dim",
-    "median.dim",
-    "argmax",
-    "argmin",
-    "kthvalue",
-    "mode",
-    "any.dims",
-    "all.dims",
-    "logsumexp",
-    "var.correction",
-    "std.correction",
-    "var_mean.correction",
-    "std_mean.correction",
-    "linalg_vector_norm",
-    "norm.ScalarOpt_dim",
-    "nansum",
-]
+REDUCED = (
+    *("any.dim", "all.dim", "any.dims", "all.dims", "prod.dim_int", "nansum", "logsumexp"),
+    *("max.dim", "min.dim", "argmax", "argmin", "median.dim", "kthvalue", "mode"),
+    *("var.correction", "std.correction", "var_mean.correction", "std_mean.correction"),
+    *("linalg_vector_norm", "norm.ScalarOpt_dim"),
+)
 """The dimension goes, unless `keepdim`."""
 
 WHOLE = {"max": _aten.amax.default, "min": _aten.amin.default, "any": _aten.any.dims, "all": _aten.all.dims}

@@ -1,4 +1,8 @@
-"""Embeddings: the members' tables one above the other, read at shifted indices."""
+"""Embeddings: the members' tables one above the other, read at shifted indices.
+
+There is no composite rule: alone an embedding keeps nothing but its indices, so that there is nothing to save, and
+one measured 16 us more forward and 6 us more backward.
+"""
 
 from __future__ import annotations
 

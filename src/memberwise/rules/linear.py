@@ -1,4 +1,4 @@
-"""Linear layers as one node: a batched product with its bias, or one wide product of a shared input."""
+"""Linear layers as one node: a batched product with its bias."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from memberwise.engine.signals import Decline
+from memberwise.rules.axis import expanded
 from memberwise.rules.composite import composite
+from memberwise.rules.matmul import batched, batched_plus
 
 
 def _signature(input: Any, weight: Any, bias: Any = None) -> Any:  # F.linear's own name
@@ -36,21 +38,18 @@ class Linear:
 
     @staticmethod
     def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:
-        x, weight, bias = inputs
+        x, weight, _ = inputs
         x_dim, w_dim, _ = in_dims
-        size, out_features = info.batch_size, grad.shape[-1]
-        rows = grad.reshape(size, -1, out_features)
-        grad_x = grad_weight = grad_bias = None
+        size = info.batch_size
+        rows = grad.reshape(size, -1, grad.shape[-1])
+        grad_x = grad_weight = None
         if needs[0]:
-            back = torch.bmm(rows, weight) if w_dim == 0 else rows @ weight
-            grad_x = back.view(*grad.shape[:-1], weight.shape[-1])
+            back = batched(rows, weight) if w_dim == 0 else rows @ weight
+            grad_x = back.reshape(*grad.shape[:-1], weight.shape[-1])
         if needs[1]:
-            across = rows.transpose(1, 2)
             own = x.reshape(size, -1, x.shape[-1]) if x_dim == 0 else x.reshape(-1, x.shape[-1])
-            grad_weight = torch.bmm(across, own) if x_dim == 0 else across @ own
-        if needs[2]:
-            grad_bias = rows.sum(1)
-        return grad_x, grad_weight, grad_bias
+            grad_weight = batched(rows.transpose(1, 2), expanded(own, x_dim, size))
+        return grad_x, grad_weight, rows.sum(1) if needs[2] else None
 
 
 def _bias_like(bias: torch.Tensor, dim: Any, ndim: int) -> torch.Tensor:
@@ -58,8 +57,8 @@ def _bias_like(bias: torch.Tensor, dim: Any, ndim: int) -> torch.Tensor:
 
 
 def _product(rows: torch.Tensor, dim: Any, weight: torch.Tensor, bias: Any, b_dim: Any) -> torch.Tensor:
-    """`(M, n, out)`; with a shared left side, each member's product reads the same rows."""
-    left = rows if dim == 0 else rows.expand(weight.shape[0], *rows.shape)
+    """`(M, n, out)`, contiguous; with a shared left side, each member's product reads the same rows."""
+    left, right = expanded(rows, dim, weight.shape[0]), weight.transpose(1, 2)
     if bias is None:
-        return torch.bmm(left, weight.transpose(1, 2))
-    return torch.baddbmm(bias if b_dim is None else bias.unsqueeze(1), left, weight.transpose(1, 2))
+        return batched(left, right).contiguous()
+    return batched_plus(bias if b_dim is None else bias.unsqueeze(1), left, right).contiguous()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from memberwise.engine.signals import Decline
 from memberwise.rules.axis import expanded
+from memberwise.rules.composite import composite
 from memberwise.rules.folding import into_channels, is_channels_last, joined, out_of_channels, split
 from memberwise.rules.registry import LONE_CONTIGUOUS, register_rule
 
@@ -23,40 +25,43 @@ def _beside(value: torch.Tensor, dim: Any, ndim: int) -> torch.Tensor:
 
 
 def layer_norm(x: torch.Tensor, shape: Any, weight: Any, bias: Any, dims: Any, eps: float) -> Any:
-    """`(out, normalised, mean, rstd)` of `(M, *s)`; weights `(*n)`, `(M, *n)` or None, as `dims` says."""
-    if weight is None and bias is None:
-        out, mean, rstd = torch.native_layer_norm(x, shape, None, None, eps)
-        return out, out, mean, rstd
+    """`(out, normalised, mean, rstd)` of `(M, *s)`; weights `(*n)`, `(M, *n)` or None, as `dims` says.
+
+    In half precision all but `out` are float32: the lone kernel scales before it rounds.
+    """
+    kind = x.dtype
+    x, weight, bias = _widened(x, weight, bias)
     plain, mean, rstd = torch.native_layer_norm(x, shape, None, None, eps)
-    scale = 1 if weight is None else _beside(weight, dims[0], x.ndim)
+    scale = None if weight is None else _beside(weight, dims[0], x.ndim)
     if bias is None:
-        return plain * scale, plain, mean, rstd
-    shift = _beside(bias, dims[1], x.ndim)
-    return (plain + shift if weight is None else torch.addcmul(shift, plain, scale)), plain, mean, rstd
+        out = plain if scale is None else plain * scale
+    else:
+        shift = _beside(bias, dims[1], x.ndim)
+        out = plain + shift if scale is None else torch.addcmul(shift, plain, scale)
+    return out.to(kind), plain, mean, rstd
 
 
 def layer_norm_grads(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    plain: Any,
-    shape: Any,
-    mean: Any,
-    rstd: Any,
-    weight: Any,
-    w_dim: Any,
-    mask: Any,
+    grad: torch.Tensor, x: torch.Tensor, plain: Any, shape: Any, mean: Any, rstd: Any, weight: Any, w_dim: Any, mask: Any
 ) -> tuple[Any, Any, Any]:
     """Gradients `(M, *s, *n)`, `(M, *n)`, `(M, *n)` or None; `plain` is the normalised input, or None."""
+    kinds = x.dtype, x.dtype if weight is None else weight.dtype
+    grad, x, mean, rstd, weight = _widened(grad, x, mean, rstd, weight)
     grad_x = grad_weight = None
     lead = tuple(range(1, x.ndim - len(shape)))
     if mask[0]:
         own = grad if weight is None else grad * _beside(weight, w_dim, x.ndim)
         args = own, x, shape, mean.contiguous(), rstd.contiguous(), None, None, [True, False, False]
-        grad_x = _aten.native_layer_norm_backward.default(*args)[0]
+        grad_x = _aten.native_layer_norm_backward.default(*args)[0].to(kinds[0])
     if mask[1]:
         plain = (x - mean).mul_(rstd) if plain is None else plain
-        grad_weight = _total(grad * plain, lead)
-    return grad_x, grad_weight, _total(grad, lead) if mask[2] else None
+        grad_weight = _total(grad * plain, lead).to(kinds[1])
+    return grad_x, grad_weight, _total(grad, lead).to(kinds[1]) if mask[2] else None
+
+
+def _widened(*values: Any) -> tuple[Any, ...]:
+    halves = torch.bfloat16, torch.float16
+    return tuple(value.float() if value is not None and value.dtype in halves else value for value in values)
 
 
 def _total(value: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
@@ -65,20 +70,14 @@ def _total(value: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
 
 @register_rule(_aten.native_layer_norm.default)
 def native_layer_norm(info: Any, in_dims: Any, x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
-    """torch's batching does the same, and costs 80 us (forward) more by the call; LONE."""
+    """torch's batching does the same, at 80 us more a call."""
     x_dim, _, w_dim, b_dim, _ = in_dims
     if w_dim is None and b_dim is None:
         return torch.native_layer_norm(x, shape, weight, bias, eps), 0
     x = expanded(x, x_dim, info.batch_size)
-    wide = [_widened(value, x) for value in (x, weight, bias)]
-    out, _, mean, rstd = layer_norm(wide[0], shape, *wide[1:], (w_dim, b_dim), eps)
-    kind = x.dtype if weight is None and bias is None else (bias if weight is None else weight).dtype
-    return (out.to(x.dtype), mean.to(kind), rstd.to(kind)), 0
-
-
-def _widened(value: Any, x: torch.Tensor) -> Any:
-    """In half precision the lone kernel scales before it rounds: so in float32."""
-    return value.float() if value is not None and x.dtype in (torch.bfloat16, torch.float16) else value
+    out, _, mean, rstd = layer_norm(x, shape, weight, bias, (w_dim, b_dim), eps)
+    kind = (weight if bias is None else bias).dtype
+    return (out, mean.to(kind), rstd.to(kind)), 0
 
 
 @register_rule(_aten.native_layer_norm_backward.default)
@@ -89,10 +88,7 @@ def native_layer_norm_backward(
     g_dim, x_dim, _, m_dim, r_dim, w_dim, _, _ = in_dims
     dims = (g_dim, x_dim, m_dim, r_dim)
     full = [expanded(value, dim, info.batch_size) for value, dim in zip((grad, x, mean, rstd), dims, strict=True)]
-    full = [_widened(value, x) for value in full]
-    found = layer_norm_grads(*full[:2], None, shape, *full[2:], _widened(weight, x), w_dim, mask)
-    kinds = x.dtype, x.dtype if weight is None else weight.dtype, x.dtype if bias is None else bias.dtype
-    return tuple(None if grad is None else grad.to(kind) for grad, kind in zip(found, kinds, strict=True)), 0
+    return layer_norm_grads(*full[:2], None, shape, *full[2:], weight, w_dim, mask), 0
 
 
 LONE_CONTIGUOUS.update({_aten.native_layer_norm.default, _aten.native_layer_norm_backward.default})
@@ -154,7 +150,8 @@ def batch_norm_grads(
     flat = [joined(value, dim, size) for value, dim in zip((weight, mean, var, saved, invstd), dims[2:], strict=True)]
     folded = into_channels(expanded(grad, dims[0], size)), into_channels(expanded(x, dims[1], size))
     grad_x, *found = _aten.native_batch_norm_backward.default(*folded, *flat, *rest)
-    return out_of_channels(grad_x, size), *(None if one is None else split(one, size) for one in found)
+    grad_x = None if grad_x is None else out_of_channels(grad_x, size)
+    return grad_x, *(None if one is None else split(one, size) for one in found)
 
 
 @register_rule(_aten.native_batch_norm_backward.default)
@@ -176,3 +173,86 @@ LONE_CONTIGUOUS.update(
         _aten.native_batch_norm_backward.default,
     }
 )
+
+
+def _layer_norm_signature(
+    input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Any:  # F.layer_norm's own names
+    shape = list(normalized_shape)
+    if list(input.shape[input.ndim - len(shape) :]) != shape or not shape:
+        return Decline("shapes that torch refuses")
+    return input, shape, weight, bias, eps
+
+
+@composite(F.layer_norm, signature=_layer_norm_signature)
+class LayerNorm:
+    """`(x - mean) / std * weight + bias`."""
+
+    @staticmethod
+    def forward(info: Any, in_dims: Any, x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
+        if 0 not in in_dims:
+            return Decline("equal in all members")
+        x = expanded(x, in_dims[0], info.batch_size)
+        out, plain, mean, rstd = layer_norm(x, shape, weight, bias, (in_dims[2], in_dims[3]), eps)
+        return out, (plain, mean, rstd)
+
+    @staticmethod
+    def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:
+        x, shape, weight, _, _ = inputs
+        x = expanded(x, in_dims[0], info.batch_size)
+        mask = needs[0], needs[2], needs[3]
+        grad_x, grad_weight, grad_bias = layer_norm_grads(
+            grad, x, kept[0], shape, *kept[1:], weight, in_dims[2], mask
+        )
+        return grad_x, None, grad_weight, grad_bias, None
+
+
+def _batch_norm_signature(
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:  # F.batch_norm's own names
+    if input.ndim < 2 or input.numel() == 0 or (training and input.numel() == input.shape[1]) or eps <= 0:
+        return Decline("an empty batch, or arguments that torch refuses")
+    return input, running_mean, running_var, weight, bias, training, momentum, eps
+
+
+def _normalised(x: Any, mean: Any, var: Any, weight: Any, bias: Any, training: bool, momentum: Any, eps: Any) -> Any:
+    """What is differentiated again: in training the statistics have been written already, and are not read."""
+    stats = (None, None) if training else (mean, var)
+    return F.batch_norm(x, *stats, weight, bias, training, momentum, eps)
+
+
+@composite(F.batch_norm, signature=_batch_norm_signature)
+class BatchNorm:
+    """Batch norm on the CPU, where torch has one kernel for it."""
+
+    plain = _normalised
+
+    @staticmethod
+    def forward(info: Any, in_dims: Any, x: Any, mean: Any, var: Any, weight: Any, bias: Any, *rest: Any) -> Any:
+        if 0 not in in_dims or x.device.type != "cpu" or is_channels_last(expanded(x, in_dims[0], 1)):
+            return Decline("equal in all members, off the CPU, or in channels_last order")
+        if rest[0] and mean is not None:
+            if in_dims[1] is None or in_dims[2] is None:
+                return Decline("the running statistics are shared, and each member writes its own")
+            info.keep(mean)
+            info.keep(var)
+        dims = [in_dims[k] for k in (0, 3, 4, 1, 2)]
+        call = _aten.native_batch_norm.default
+        out, *saved = batch_norm(call, info.batch_size, dims, x, weight, bias, mean, var, *rest)
+        return out, saved
+
+    @staticmethod
+    def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:
+        x, mean, var, weight, _, training, _, eps = inputs
+        dims = (0, *(in_dims[k] for k in (0, 3, 1, 2)), 0, 0)
+        mask = [needs[0], needs[3], needs[4]]
+        args = x, weight, mean, var, *kept, training, eps, mask
+        grad_x, grad_weight, grad_bias = batch_norm_grads(info.batch_size, dims, grad, *args)
+        return grad_x if needs[0] else None, None, None, grad_weight, grad_bias, None, None, None

@@ -150,7 +150,9 @@ def _cases(
             yield replace(case, args=args)
     for size in (0, 1) if batch_dims is not None else ():
         pairs = zip(sample, batch_dims, strict=True)
-        small = [value if dim is None else _map(lambda t, d=dim: t.narrow(d, 0, size), value) for value, dim in pairs]
+        small = [
+            value if dim is None else _map(lambda t, d=dim, n=size: t.narrow(d, 0, n), value) for value, dim in pairs
+        ]
         for places in choices:
             yield _case(base, f"batch {size}", small, places)
     for dtype in dtypes:

@@ -1,0 +1,45 @@
+"""The activation that is one node: relu.
+
+Alone it keeps its result for backward, which costs a trip through the dispatcher: as a composite it takes 15 us less,
+forward and backward together. gelu, silu and leaky_relu keep their input, and gain nothing; tanh and sigmoid would
+have to keep their input for a second derivative, which alone they do not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from memberwise.engine.signals import Decline
+from memberwise.rules.composite import composite
+
+_backward = torch.ops.aten.threshold_backward.default
+
+
+def _signature(input: torch.Tensor, inplace: bool = False) -> Any:  # F.relu's own names
+    return Decline("in place") if inplace else (input,)
+
+
+@composite(torch.relu, F.relu, torch.Tensor.relu, signature=_signature)
+class Relu:
+    """`max(x, 0)`; as alone, the result is kept and nothing else."""
+
+    saves = ()
+
+    @staticmethod
+    def forward(info: Any, in_dims: Any, x: torch.Tensor) -> Any:
+        if in_dims[0] is None:
+            return Decline("equal in all members")
+        out = torch.relu(x)
+        return out, (out,)
+
+    @staticmethod
+    def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:
+        return (_backward(grad, kept[0], 0),)
+
+    @staticmethod
+    def again(needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:
+        """Linear in the gradient, and flat in the input."""
+        return (_backward(grad, kept[0], 0),)

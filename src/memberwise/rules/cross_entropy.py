@@ -1,0 +1,93 @@
+"""Cross entropy as one node: the loss of class labels, with weights of classes, ignored labels and smoothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from memberwise.engine.signals import Decline
+from memberwise.rules.axis import expanded, lift
+from memberwise.rules.composite import composite
+from memberwise.rules.loss import MEAN, NONE, REDUCTIONS, SUM, Samples, over_members
+from memberwise.rules.softmax import is_short, turned
+
+_aten = torch.ops.aten
+_NAMES = {number: name for name, number in REDUCTIONS.items()}
+_LARGE = 1 << 22
+
+
+def _signature(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:  # F.cross_entropy's own names
+    if target.is_floating_point() or size_average is not None or reduce is not None or reduction not in REDUCTIONS:
+        return Decline("class probabilities as target, or a deprecated argument")
+    if not 1 <= input.ndim <= 2 or target.shape != input.shape[:-1] or not 0 <= label_smoothing <= 1:
+        return Decline("images, or shapes that torch refuses")
+    return input, target, weight, REDUCTIONS[reduction], ignore_index, label_smoothing
+
+
+def _plain(x: Any, target: Any, weight: Any, reduction: int, ignore: int, smoothing: float) -> torch.Tensor:
+    options = {"ignore_index": ignore, "reduction": _NAMES[reduction], "label_smoothing": smoothing}
+    return F.cross_entropy(x, target, weight, **options)
+
+
+@composite(F.cross_entropy, signature=_signature)
+class CrossEntropy:
+    """`-log softmax(x)[target]`, each sample's or reduced; a few classes lie across, `(M, C, N)` (see `softmax`)."""
+
+    plain = _plain
+
+    @staticmethod
+    def forward(info: Any, in_dims: Any, x: Any, target: Any, weight: Any, *rest: Any) -> Any:
+        if 0 not in in_dims or x.numel() > _LARGE:  # the node keeps its input, which alone is not kept
+            return Decline("equal in all members, or so large that its memory counts")
+        reduction, ignore, smoothing = rest
+        x, target = expanded(x, in_dims[0], info.batch_size), expanded(target, in_dims[1], info.batch_size)
+        across = is_short(x, 2)
+        logs = torch.log_softmax(turned(x), 1) if across else torch.log_softmax(x, -1)
+        samples = Samples(logs, target, weight, in_dims[2], ignore, across)
+        losses = samples.losses()
+        if smoothing:
+            losses = losses * (1 - smoothing) - _even(samples, logs).mul_(smoothing / x.shape[-1])
+        if reduction != MEAN:
+            return over_members(losses, reduction), (logs, None)
+        total = samples.total()
+        return over_members(losses, SUM) / total, (logs, total)
+
+    @staticmethod
+    def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:
+        x, target, weight, reduction, ignore, smoothing = inputs
+        logs, total = kept
+        target = expanded(target, in_dims[1], info.batch_size)
+        across = is_short(expanded(x, in_dims[0], info.batch_size), 2)
+        if reduction != NONE:
+            grad = grad if total is None else grad / total
+            grad = lift(grad, target.ndim - 1).expand(target.shape)
+        samples = Samples(logs, target, weight, in_dims[2], ignore, across)
+        found = samples.gradient(grad * (1 - smoothing) if smoothing else grad)
+        if smoothing:
+            found -= _even_gradient(samples, grad * (smoothing / logs.shape[samples.classes]))
+        found = _aten._log_softmax_backward_data.default(found, logs, samples.classes, logs.dtype)
+        return found.transpose(1, 2) if across else found, None, None, None, None, None
+
+
+def _even(samples: Samples, logs: torch.Tensor) -> torch.Tensor:
+    """`(M, N)`: the sum over classes that smoothing adds."""
+    weights = samples.beside(logs)
+    found = (logs if weights is None else logs * weights).sum(samples.classes)
+    return found.masked_fill_(samples.ignored, 0)
+
+
+def _even_gradient(samples: Samples, grad: torch.Tensor) -> torch.Tensor:
+    each = grad.masked_fill(samples.ignored, 0).unsqueeze(samples.classes)
+    weights = samples.beside(each)
+    return each if weights is None else each * weights
