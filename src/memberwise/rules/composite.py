@@ -9,7 +9,8 @@ result. A composite is a class with two static methods on stacked tensors, below
 A class may also set `saves`, the places of the arguments that backward needs (all, unless it says so; the others
 arrive as None), and then gives `again(needs, inputs, kept, *grads)`: its backward in differentiable torch
 functions on member tensors, for double backward. Without `saves` the layer is run again by single operations.
-`plain` is what is run then, if it is not the torch function itself.
+`plain` is what is run then, if it is not the torch function itself. Results are taken to be contiguous alone; a
+class whose lone results are not sets `lies_as_alone`, and returns them with a member's part in the lone order.
 
 `args` are positional as in `signature`; `kept` is a tuple of tensors (or None) for backward; `out` is one stacked
 tensor or a tuple of them. The gradient of a shared argument is returned per member too; who shares it sums.
@@ -80,7 +81,7 @@ _apply = applier(_Node)
 class Composite:
     """One layer's pair of functions, with the way in and out."""
 
-    __slots__ = ("again", "backward", "forward", "function", "name", "saves", "signature")
+    __slots__ = ("again", "backward", "forward", "function", "name", "saves", "signature", "wrap")
 
     def __init__(self, function: Callable[..., Any], rule: Any, signature: Callable[..., Any] | None) -> None:
         self.function = getattr(rule, "plain", function)
@@ -89,6 +90,7 @@ class Composite:
         self.backward = rule.backward
         self.signature = signature
         self.saves: tuple[int, ...] | None = getattr(rule, "saves", None)
+        self.wrap = wrap if getattr(rule, "lies_as_alone", False) else wrap_contiguous
         self.again: Callable[..., Any] | None = getattr(rule, "again", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -137,8 +139,8 @@ class Composite:
             record.note(self.name, "rule", "", trace.clock() - start)
         out, kept = found
         if isinstance(out, torch.Tensor):
-            return wrap_contiguous(out, region), kept
-        return tuple([wrap_contiguous(entry, region) for entry in out]), kept
+            return self.wrap(out, region), kept
+        return tuple([self.wrap(entry, region) for entry in out]), kept
 
     def run_backward(self, region: Region, dims: Any, needs: Any, args: Any, kept: Any, grads: Any) -> list[Any]:
         """Backward on the stacked tensors; member tensors out."""
