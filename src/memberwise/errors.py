@@ -24,6 +24,7 @@ CODES: dict[str, str] = {
     "MW206": "an operation ran member by member",
     "MW207": "a function or module ran member by member",
     "MW208": "the members part ways in a backward pass, where no way back exists",
+    "MW209": "a call with random streams of its own draws in a backward pass",
     "MW301": "a member, or the stack, cannot be copied",
     "MW302": "build() was called with seeds it cannot use",
     "MW303": "random streams do not fit the stack",
@@ -46,6 +47,7 @@ CODES: dict[str, str] = {
     "MW502": "a step runs eagerly, as there is no C++ compiler",
     "MW503": "a step is recorded anew over and over",
     "MW504": "compile was called with arguments it cannot use",
+    "MW505": "a step cannot run in the chunks of members asked for",
     "MW601": "a stack deviates from what its members give alone",
     "MW602": "a stack fails where its members alone do not",
 }

@@ -50,7 +50,7 @@ class MemberView(torch.Tensor):
     def _whole(self) -> torch.Tensor:
         """The stack's tensor; raises if this is no view of it any more."""
         whole = self._place.owner.get(self._place.name)
-        if self._is_stale(whole):
+        if whole is None or self._is_stale(whole):
             self._refuse()
         return whole
 

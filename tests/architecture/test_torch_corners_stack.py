@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from memberwise._torch import dynamo, recurrent, views
+from memberwise._torch import backward, dynamo, recurrent, views
 
 
 class View(torch.Tensor):
@@ -83,3 +83,14 @@ def test_a_recurrent_module_holds_its_weights_a_second_time() -> None:
     assert lstm._flat_weights[0] is other
     recurrent.put_back(lstm, lists)
     assert lstm._flat_weights[0] is not other
+
+
+def test_a_backward_pass_is_known_from_inside() -> None:
+    """Breaks: a checkpoint around a seeded stack would draw other masks than in forward, silently."""
+    told: list[bool] = [backward.in_backward()]
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda grad: told.append(backward.in_backward()))
+    y.sum().backward()
+    told.append(backward.in_backward())
+    assert told == [False, True, False]

@@ -76,16 +76,13 @@ def test_torch_vmap_around_a_stack() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("seeded", [True, False])
-def test_a_checkpoint_around_a_stack(reentrant: bool, seeded: bool) -> None:
-    stack = memberwise.build(Net, seeds=range(3), dtype=torch.float64) if seeded else memberwise.stack(nets(3, p=0.5))
-    other, x = copy.deepcopy(stack), inputs(6, 3)
+@pytest.mark.parametrize("draws", [True, False])
+def test_a_checkpoint_around_a_stack(reentrant: bool, draws: bool) -> None:
+    stack, x = memberwise.stack(nets(3, p=0.5 if draws else 0.0)), inputs(6, 3)
+    other, own = copy.deepcopy(stack), x.detach().clone().requires_grad_()
     torch.manual_seed(0)
     out = checkpoint(stack, x, use_reentrant=reentrant)
-    if seeded:
-        stack.generators = [g.set_state(h.get_state()) for g, h in zip(stack.generators, other.generators, strict=True)]
     backward(out)
-    own = x.detach().clone().requires_grad_()
     torch.manual_seed(0)
     expected = other(own)
     backward(expected)
@@ -94,6 +91,57 @@ def test_a_checkpoint_around_a_stack(reentrant: bool, seeded: bool) -> None:
     for (name, p), q in zip(stack.named_parameters(), other.parameters(), strict=True):
         assert_equal(p.grad, q.grad, name)
         assert p.grad.any() or name == "first.bias"  # before a norm it has none
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_around_a_seeded_stack_is_refused_where_it_draws(reentrant: bool) -> None:
+    """torch restores the global stream alone; other masks than in forward would give a wrong gradient."""
+    stack, x = memberwise.build(Net, seeds=range(3), dtype=torch.float64), inputs(6, 3)
+    with pytest.raises(memberwise.errors.EngineError, match=r"checkpoint.*MW209"):
+        backward(checkpoint(stack, x, use_reentrant=reentrant))
+    assert stack.first.weight.shape == (3, 4, 3)
+    backward(checkpoint(stack.eval(), x, use_reentrant=reentrant))
+    assert stack.first.weight.grad.any()
+
+
+class Reads(nn.Module):
+    """Runs by members, with or without a draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.drop = nn.Linear(3, 3), nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.layer(x) * self.layer.weight.sum().item())
+
+
+@pytest.mark.filterwarnings("ignore::memberwise.errors.StackWarning")
+@pytest.mark.parametrize("nested", [True, False])
+def test_the_same_where_members_part_ways(nested: bool) -> None:
+    stack = memberwise.build(lambda: nn.Sequential(Reads()) if nested else Reads(), seeds=range(3), dtype=torch.float64)
+    x = inputs(6, 3)
+    with pytest.raises(memberwise.errors.EngineError, match=r"checkpoint.*MW209"):
+        backward(checkpoint(stack, x, use_reentrant=False))
+    backward(checkpoint(stack.eval(), x, use_reentrant=False))
+    assert x.grad.any()
+
+
+class Inside(Net):
+    """Puts the checkpoint where each member's stream is restored."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def test_a_checkpoint_inside_a_seeded_stack_draws_the_same_again() -> None:
+    inner, plain = (memberwise.build(kind, seeds=range(3), dtype=torch.float64) for kind in (Inside, Net))
+    x = inputs(6, 3).detach()
+    out, expected = inner(x), plain(x)
+    backward(out)
+    backward(expected)
+    assert_equal(out.detach(), expected.detach(), "output")
+    for (name, p), q in zip(inner.named_parameters(), plain.parameters(), strict=True):
+        assert_equal(p.grad, q.grad, name)
 
 
 def test_autocast_around_a_stack() -> None:

@@ -18,7 +18,7 @@ from memberwise.errors import EngineError, build
 from memberwise.trees import tree_leaves, tree_map, tree_transpose_map
 
 Cut = Callable[[torch.Tensor], Sequence[torch.Tensor]]
-Join = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+Join = Callable[[list[torch.Tensor]], torch.Tensor]
 
 
 class Split:
@@ -41,10 +41,10 @@ class Split:
         """One piece a turn: views, unless the members are not in order."""
         return self._reordered(tensor, self.order, dim).split(self.sizes, dim)
 
-    def join(self, pieces: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    def join(self, pieces: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
         """The whole from one piece a turn."""
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return self._reordered(torch.cat(list(pieces), dim), back, dim)
+        return self._reordered(torch.cat(pieces, dim), back, dim)
 
     def write_back(self, tensor: torch.Tensor, pieces: Sequence[torch.Tensor], dim: int = 0) -> None:
         """Bring into `tensor` what was written to pieces that are copies of it."""
@@ -83,10 +83,10 @@ class Showing:
             for tensor, held in slots.tensors()
             if tensor is not None
         }
-        self.pieces = [[None] * turns if one is None else pieces[id(one)] for one in self.originals]
+        self.pieces: list[Any] = [[None] * turns if one is None else pieces[id(one)] for one in self.originals]
         for place, own in zip(self.places, self.pieces, strict=True):
             for piece in own if place.is_parameter and own[0] is not None else ():
-                piece._is_param = True  # type: ignore[attr-defined] # isinstance(w, nn.Parameter) holds, as alone
+                piece._is_param = True  # isinstance(w, nn.Parameter) holds, as alone
         self._own = self._own_attributes(pieces, turns)
         self._left: list[tuple[list[Any], dict[tuple[nn.Module, str], Any]]] = []
 
