@@ -360,3 +360,21 @@ def test_a_graph_that_is_not_spent_is_never_cut(spent: bool) -> None:
                 out.backward()
                 assert torch.equal(weight.grad, torch.full((3,), 2.0 * k * k))
     assert captured.captured.replayed == 0
+
+
+def test_statistics_are_kept_though_the_output_is_not_used() -> None:
+    """BatchNorm's operation writes to arguments that its schema calls untouched."""
+
+    def make() -> SimpleNamespace:
+        net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+        def step(x: torch.Tensor) -> None:
+            with torch.no_grad():
+                net(x)
+
+        return SimpleNamespace(step=step, net=net)
+
+    twins = Twins(make)
+    for _ in range(4):
+        twins.call(torch.randn(5, 3))
+    assert twins.captured.replayed == 3

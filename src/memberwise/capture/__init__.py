@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 from memberwise.capture.step import CapturedStep
 from memberwise.errors import ArgumentError, fail
@@ -18,14 +18,16 @@ BACKENDS = ("inductor", "fx")
 
 
 @overload
-def compile(step: Callable[P, R], *, backend: str = ...) -> Callable[P, R]: ...
+def compile(step: Callable[P, R], *, chunk: int | Literal["auto"] = ..., backend: str = ...) -> Callable[P, R]: ...
 
 
 @overload
-def compile(step: None = None, *, backend: str = ...) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+def compile(
+    step: None = None, *, chunk: int | Literal["auto"] = ..., backend: str = ...
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
 
-def compile(step: Any = None, *, backend: str = "inductor") -> Any:
+def compile(step: Any = None, *, chunk: Any = "auto", backend: str = "inductor") -> Any:
     """Capture a training step: the same function, replayed as one compiled program from its third call on.
 
     The first call of each kind runs eagerly and is recorded: forward, backward, clipping and optimizer, below
@@ -43,13 +45,16 @@ def compile(step: Any = None, *, backend: str = "inductor") -> Any:
 
     Args:
         step: any function. Tensors among its arguments may differ from call to call; it may be a method.
+        chunk: how many members run at once. "auto" measures at the first use, on copies of the state: all, or one at a
+            time. A number of members that does not divide M leaves a smaller last chunk. A step whose members depend
+            on each other, or with no stack or optimizer of ours in it, runs all at once.
         backend: "inductor", or "fx" to replay the recorded operations one by one, uncompiled.
 
     Returns:
         The captured function. Its attribute `captured` is a `CapturedStep`, which knows what was recorded and why not.
 
     Raises:
-        ArgumentError: (a ValueError) `step` is not callable, or `backend` is unknown [MW504].
+        ArgumentError: (a ValueError) `step` is not callable, or `chunk` or `backend` is wrong [MW504].
 
     >>> import torch
     >>> weight = torch.ones(3, 2, requires_grad=True)              # M = 3
@@ -69,12 +74,14 @@ def compile(step: Any = None, *, backend: str = "inductor") -> Any:
     (1, 2)
     """
     if step is None:
-        return functools.partial(compile, backend=backend)
+        return functools.partial(compile, chunk=chunk, backend=backend)
     if not callable(step):
         fail(ArgumentError, "MW504", f"expected a function, found a {type(step).__name__}")
+    if chunk != "auto" and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
+        fail(ArgumentError, "MW504", f"chunk: expected 'auto' or a number of members, found {chunk!r}")
     if backend not in BACKENDS:
         fail(ArgumentError, "MW504", f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
-    captured = CapturedStep(step, backend)
+    captured = CapturedStep(step, chunk, backend)
 
     @functools.wraps(step, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ class Arguments:
         tensors: all tensors in `args` and `kwargs`.
         objects: what is neither a tensor, nor plain, nor a structure: a stack, an optimizer.
         outline: the rest, as one value.
+        marked: the tensors given with `each()`, and where their member axis is.
         firsts: for each tensor, the position of the first that is the same object.
 
     >>> import torch
@@ -27,11 +28,12 @@ class Arguments:
     ('tensor', (<class 'int'>, 3))
     """
 
-    __slots__ = ("firsts", "objects", "outline", "tensors")
+    __slots__ = ("firsts", "marked", "objects", "outline", "tensors")
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tensors: list[torch.Tensor] = []
         self.objects: list[Any] = []
+        self.marked: list[tuple[torch.Tensor, int]] = []
         self.outline: Any = tuple(map(self._outline, args))
         if kwargs:
             self.outline = (*self.outline, self._outline(kwargs))
@@ -47,6 +49,7 @@ class Arguments:
             return kind, value
         if kind is Each:
             self.tensors.append(value.value)
+            self.marked.append((value.value, value.dim % max(value.value.ndim, 1)))
             return kind, value.dim
         if isinstance(value, list | tuple):
             return kind, *map(self._outline, value)
@@ -68,4 +71,4 @@ class Arguments:
 
     def forget(self) -> None:
         """Let go of the tensors; `like` still works."""
-        self.tensors = []
+        self.tensors, self.marked = [], []

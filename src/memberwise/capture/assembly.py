@@ -15,7 +15,7 @@ from memberwise.capture.merging import merge_draws
 from memberwise.capture.places import Place
 from memberwise.capture.program import Input, Output, Program, Setting, hooks_on
 from memberwise.capture.reach import PLAIN, Reach
-from memberwise.capture.record import Recorder
+from memberwise.capture.record import Recorder, is_write
 from memberwise.capture.refusals import Refusal
 from memberwise.trees import tree_map
 
@@ -75,7 +75,7 @@ class Assembly:
         result = tree_map(self._returned, out)
         graph = self.recorder.graph
         graph.output(tuple(self.outputs))
-        graph.eliminate_dead_code()
+        graph.eliminate_dead_code(is_write)
         for value in merge_draws(graph, self.recorder.inputs):
             self._add(value)
         count = len(self.values)
@@ -111,6 +111,9 @@ class Assembly:
             arguments=before.arguments,
             written=self.recorder.written,
             setting=before.setting,
+            stacks=before.reach.stacks,
+            stacked=before.reach.stacked,
+            generators=[torch.default_generator, *before.reach.generators],
             count=count,
         )
         program.prepare()

@@ -83,6 +83,11 @@ class Program:
         arguments: what the step was called with.
         written: storages that the program writes to.
         setting: torch's state.
+        stacks: the slots of the stacks within reach.
+        stacked: the tensors known to have a member axis, at 0.
+        generators: the random streams that it may draw from.
+        run: the compiled graph, as a function of the first `count` values.
+        eager: whether it could not be compiled.
     """
 
     graph: fx.GraphModule
@@ -104,10 +109,20 @@ class Program:
     arguments: Arguments
     written: set[int]
     setting: Setting
+    stacks: list[Any]
+    stacked: list[torch.Tensor]
+    generators: list[torch.Generator]
     run: Callable[..., Sequence[torch.Tensor]] | None = None
+    eager: bool = False
     count: int = 0
     fixed_written: set[int] = dataclasses.field(default_factory=set)
     check: Callable[..., bool] | None = None
+
+    @property
+    def members(self) -> int:
+        """M, as far as the stacked tensors agree on it; else 0."""
+        sizes = {tensor.shape[0] for tensor in self.stacked}
+        return sizes.pop() if len(sizes) == 1 else 0
 
     def prepare(self) -> None:
         """Derive what `match` compares."""

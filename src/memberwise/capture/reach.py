@@ -82,6 +82,8 @@ class Reach:
         rows: every value that is watched.
         places: where each tensor met is held, by `id`.
         tensors: the tensors met.
+        stacks: the slots of the stacks met.
+        stacked: those of stacks and of our optimizers that have a member axis, at 0.
         generators: random streams of torch met.
         streams: random streams of Python and NumPy met.
         optimizers: objects that prepare themselves for capture.
@@ -93,6 +95,8 @@ class Reach:
         self.rows: list[Row] = []
         self.places: dict[int, list[Place]] = {}
         self.tensors: list[torch.Tensor] = []
+        self.stacks: list[Any] = []
+        self.stacked: list[torch.Tensor] = []
         self.generators: list[torch.Generator] = []
         self.streams: list[Any] = [random, *([sys.modules["numpy.random"]] if "numpy.random" in sys.modules else [])]
         self.optimizers: list[Any] = []
@@ -169,6 +173,10 @@ class Reach:
 
     def _module(self, label: str, value: nn.Module) -> None:
         own = vars(value)
+        if hasattr(type(value), "__memberwise_slots__"):
+            self.stacks.append(value.__memberwise_slots__())
+            tensors = self.stacks[-1].tensors()
+            self.stacked += [tensor for tensor, held in tensors if held and tensor is not None]
         skipped = _DERIVED | _MODULE_KEYS - {"training"}
         self._entries(own, [key for key in own if key not in skipped], label, sized=True)
         for name in ("_parameters", "_buffers", "_modules"):
@@ -262,6 +270,12 @@ class Reach:
             self._tensor(f"{label}.capture_state()[{index}]", tensor, None)
         for name in ("signature", "state"):
             self._hold(holder, [Attribute(holder, name, f"the {name} of {label}")], follow=False)
+        members = value.members
+        parameters = [p for group in value.param_groups for p in group["params"]]
+        self.stacked += [
+            tensor for tensor in (*parameters, *holder.tensors)
+            if tensor.ndim and tensor.shape[0] == members and not getattr(tensor, "_memberwise_shared", False)
+        ]  # fmt: skip
         for group in value.param_groups:
             self._items(group["params"], range(len(group["params"])), f"{label}.param_groups[]['params']", sized=True)
 

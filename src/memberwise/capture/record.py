@@ -21,6 +21,7 @@ from memberwise._torch.pytree import tree_flatten, tree_unflatten
 from memberwise.capture.draws import Draw, Streams, state_of
 from memberwise.capture.reads import HostReads
 from memberwise.capture.refusals import Refusal, user_line
+from memberwise.engine.operation import describe
 from memberwise.generators import default_generator
 
 _aten = torch.ops.aten
@@ -129,7 +130,7 @@ class Recorder(DispatchMode):
 
     def _record(self, func: Any, leaves: list[Any], spec: Any, out: Any) -> None:
         made = [x for x in tree_flatten(out)[0] if isinstance(x, torch.Tensor)]
-        if not made and not func._schema.is_mutable:
+        if not made and not describe(func).written:
             return
         fixed = self._all_fixed([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
         if func is _aten.lift_fresh.default or (fixed and _BY_VALUE & set(func.tags)):
@@ -214,7 +215,7 @@ class Recorder(DispatchMode):
         if after == before and not (isinstance(out, torch.Tensor) and out.numel() == 0):
             self._record(func, *tree_flatten((args, kwargs)), out)  # this call draws nothing
             return
-        fills = func._schema.is_mutable
+        fills = bool(describe(func).written)
         shaped = fills or func._schema.name.endswith("_like")
         leaves, spec = tree_flatten((args[1:] if shaped else args, kwargs))
         if not isinstance(out, torch.Tensor) or not all(map(self._is_known, leaves)):
@@ -258,13 +259,19 @@ def _is_subclass(leaf: Any) -> bool:
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """The tensors among the arguments that an operation writes to, by its schema."""
+    """The tensors among the arguments that an operation writes to."""
     found: list[torch.Tensor] = []
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.is_write:
-            value = args[index] if index < len(args) else kwargs.get(argument.name)
-            found += [x for x in (value if isinstance(value, list | tuple) else [value]) if x is not None]
+    for place in describe(func).written:
+        value = kwargs.get(place) if isinstance(place, str) else args[place] if place < len(args) else None
+        found += [x for x in (value if isinstance(value, list | tuple) else [value]) if x is not None]
     return found
+
+
+def is_write(node: fx.Node) -> bool:
+    """Whether a node must stay though nothing reads its result."""
+    if node.op != "call_function":
+        return node.op != "get_attr"
+    return hasattr(node.target, "_schema") and bool(describe(node.target).written)
 
 
 def _has_known_shape(func: Any, leaves: list[Any]) -> bool:

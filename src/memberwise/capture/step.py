@@ -13,6 +13,8 @@ from memberwise.capture.arguments import Arguments
 from memberwise.capture.assembly import Assembly, Before, Refused
 from memberwise.capture.cache import Compiled
 from memberwise.capture.draws import host_states
+from memberwise.capture.excerpt import Stacked
+from memberwise.capture.plan import Planner, Unfit
 from memberwise.capture.program import Program
 from memberwise.capture.reach import Reach, Unfollowed
 from memberwise.capture.record import Recorder
@@ -34,10 +36,13 @@ class CapturedStep(Unfollowed):
         programs: recordings, the last used first.
         refusals: why recordings were refused, in order.
         recorded, replayed: how many calls were recorded, and how many replayed.
+        plans: for each program compiled, how many members run at once, and why.
     """
 
-    def __init__(self, step: Callable[..., Any], backend: str = "inductor") -> None:
+    def __init__(self, step: Callable[..., Any], chunk: int | str = "auto", backend: str = "inductor") -> None:
         self.step = step
+        self.chunk = chunk
+        self.plans: list[str] = []
         self.programs: list[Program] = []
         self.refusals: list[Refusal] = []
         self.recorded = 0
@@ -64,27 +69,49 @@ class CapturedStep(Unfollowed):
         if program is not self.programs[0]:
             self.programs.remove(program)
             self.programs.insert(0, program)
-        if program.run is None and not self._compile(program, values):
+        if program.run is None and not program.eager:
+            self._compile(program, values, args, kwargs)
+        if program.eager or self._eager:
             return self.step(*args, **kwargs)
         self.replayed += 1
         self._recorded_in_a_row = 0
         return program.replay(values)
 
-    def _compile(self, program: Program, values: list[torch.Tensor]) -> bool:
-        """Compile a recording, at its first use; False if that cannot be done."""
+    def _compile(self, program: Program, values: list[torch.Tensor], args: Any, kwargs: Any) -> None:
+        """Compile a recording, at its first use, and plan how its members run; or give it up."""
         missing = compiler_missing() if self._compiled.backend == "inductor" else ""
         if missing:
             self._eager = True
             what = f"the step runs eagerly, as no C++ compiler was found to compile it with: {missing}"
             self._warn("MW502", what, "Install g++ or clang++, or name a compiler in the variable CXX")
-            return False
+            return
         try:
             program.run = self._compiled.get(program.graph, values[: program.count])
         except Exception as error:  # whatever the compiler cannot do, the step can
-            self.programs.remove(program)
-            self._refuse(Refusal("not-compiled", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"))
-            return False
-        return True
+            program.eager = True
+            refusal = Refusal("not-compiled", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            self.refusals.append(refusal)
+            self._warn("MW501", f"the step runs eagerly: {refusal.sentence()}", refusal.advice())
+            return
+        self._plan(program, values, args, kwargs)
+
+    def _plan(self, program: Program, values: list[torch.Tensor], args: Any, kwargs: Any) -> None:
+        """Choose how many members run at once."""
+        arguments = Arguments(args, kwargs)
+        marked = [Stacked(*entry) for entry in arguments.marked]
+        planner = Planner(program, values, lambda: self._recorded(args, kwargs), self._compiled.get, marked)
+        if self.chunk == "auto":
+            if self._compiled.backend == "inductor":
+                program.run, text = planner.faster()
+                self.plans.append(text)
+            return
+        if isinstance(self.chunk, int) and self.chunk < (program.members or self.chunk + 1):
+            try:
+                program.run = planner.chunks(self.chunk)
+                self.plans.append(f"{self.chunk} at a time, as told")
+            except Unfit as reason:
+                self.plans.append(f"all at once: {reason}")
+                self._warn("MW505", f"all members of the step run at once: in chunks, {reason}", "Leave chunk out")
 
     def _record(self, arguments: Arguments, args: Any, kwargs: Any) -> Any:
         """Run the step eagerly, watched; keep what was recorded if it can be replayed."""
@@ -93,20 +120,28 @@ class CapturedStep(Unfollowed):
         except Refused as refused:
             self._refuse(refused.refusal)
             return self.step(*args, **kwargs)
-        reach = before.reach
         self.recorded += 1
+        program, out = self._watched(before, args, kwargs)
+        if isinstance(program, Refusal):
+            self._refuse(program)
+        else:
+            self._keep(program)
+        return tree_map(_detached, out)
+
+    def _watched(self, before: Before, args: Any, kwargs: Any) -> tuple[Program | Refusal, Any]:
+        """Run the step once under a recorder; the program, or why there is none, and what the step returned."""
+        reach = before.reach
         recorder = Recorder(reach.generators)
         drawn = host_states(reach.streams)
         out = recorder.watch(lambda: self.step(*args, **kwargs))
         if host_states(reach.streams) != drawn:
             recorder.refuse(Refusal("random-state", "a random stream of Python or NumPy moved"))
         try:
-            self._keep(Assembly(before, recorder).program(out))
+            return Assembly(before, recorder).program(out), out
         except Refused as refused:
-            self._refuse(refused.refusal)
+            return refused.refusal, out
         except Exception as error:  # the step has run; it must not fail for being watched
-            self._refuse(Refusal("internal", repr(error)))
-        return tree_map(_detached, out)
+            return Refusal("internal", repr(error)), out
 
     def _before(self, arguments: Arguments) -> Before:
         """What there is to know before the step runs; raises `Refused`."""
@@ -119,6 +154,13 @@ class CapturedStep(Unfollowed):
         if reach.refusal is not None:
             raise Refused(*reach.refusal)
         return before
+
+    def _recorded(self, args: Any, kwargs: Any) -> Program:
+        """A recording of the step as it is now; raises `Refused`."""
+        program, _ = self._watched(self._before(Arguments(args, kwargs)), args, kwargs)
+        if isinstance(program, Refusal):
+            raise Refused(*program)
+        return program
 
     def _keep(self, program: Program) -> None:
         self._refused_in_a_row = 0

@@ -1,0 +1,97 @@
+"""An excerpt: for a while, tensors hold some members only, as copies. The objects stay, so a step finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+
+from memberwise.capture.places import Place
+from memberwise.engine.slots import Slots
+
+
+class Stacked(NamedTuple):
+    """A tensor with a member axis, and where that is; None: there is none."""
+
+    tensor: torch.Tensor
+    dim: int | None = 0
+
+
+class _Facts:
+    """What a run for fewer members may change of a stack."""
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+        self.own = {name: getattr(slots, name) for name in ("members", "generators", "retreats", "carried")}
+        self.tables = [(table, dict(table)) for table in (slots.retreats, slots.carried)]
+
+    def restore(self) -> None:
+        for name, value in self.own.items():
+            setattr(self.slots, name, value)
+        for table, entries in self.tables:
+            table.clear()
+            table.update(entries)
+
+
+class Excerpt:
+    """A context in which each tensor, and its gradient, is a copy, of its first `size` members where it has members.
+
+    Everything is as before when it ends: values, gradients, what stands in `places`, random streams.
+    """
+
+    def __init__(
+        self,
+        stacked: Sequence[Stacked],
+        size: int,
+        *,
+        leaves: Sequence[torch.Tensor],
+        places: Sequence[Place],
+        generators: Sequence[torch.Generator],
+        stacks: Sequence[Slots],
+    ) -> None:
+        self.stacked = stacked
+        self.size = size
+        self.data = [entry.tensor.data for entry in stacked]
+        self.grads = [(leaf, leaf.grad) for leaf in leaves]
+        self.kept = [(place, place.read()) for place in places]
+        self.stacks = [_Facts(slots) for slots in stacks]
+        self.states = [(generator, generator.get_state()) for generator in generators]
+
+    def __enter__(self) -> Excerpt:
+        dims = {id(entry.tensor): entry.dim for entry in self.stacked}
+        for leaf, _ in self.grads:
+            leaf.grad = None
+        for entry in self.stacked:
+            entry.tensor.data = self._first(entry.tensor.data, entry.dim)
+        for facts in self.stacks:
+            slots = facts.slots
+            slots.members = self.size
+            slots.generators = slots.generators and slots.generators[: self.size]
+        for leaf, grad in self.grads:
+            if grad is not None:
+                leaf.grad = self._first(grad.detach(), dims.get(id(leaf)))
+        return self
+
+    def _first(self, tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
+        """A copy of the first members, in the memory order of the view that a replay will hand over."""
+        view = tensor if dim is None else tensor.narrow(dim, 0, self.size)
+        copy = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype, device=view.device)
+        return copy.copy_(view)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for leaf, _ in self.grads:
+            leaf.grad = None
+        for entry, data in zip(self.stacked, self.data, strict=True):
+            entry.tensor.data = data
+        for leaf, grad in self.grads:
+            leaf.grad = grad
+        for facts in self.stacks:
+            facts.restore()
+        for place, value in self.kept:
+            place.write(value)
+        for generator, state in self.states:
+            generator.set_state(state)

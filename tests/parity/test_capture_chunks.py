@@ -1,0 +1,233 @@
+"""Chunks of members: the same training as all at once, and refused where members depend on each other."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import memberwise
+from memberwise import optim
+from memberwise.capture import compile, plan
+from memberwise.construction import build, stack
+from memberwise.trees import each
+from tests.parity.test_capture import INPUTS, training
+from tests.parity.twins import Twins, assert_same
+
+
+def chunked(make: Any, chunk: Any, *inputs: Any, steps: int = 6) -> Any:
+    """Train a world in chunks and one all at once, on the same inputs; the captured step of the chunks."""
+    torch.manual_seed(0)
+    whole = make()
+    torch.manual_seed(0)
+    parts = make()
+    steppers = compile(whole.step, chunk=10**6, backend="fx"), compile(parts.step, chunk=chunk, backend="fx")
+    streams = [torch.get_rng_state()] * 2
+    for _ in range(steps):
+        outs = []
+        for index, step in enumerate(steppers):
+            torch.set_rng_state(streams[index])
+            outs.append(step(*(x() if callable(x) else x for x in inputs)))
+            streams[index] = torch.get_rng_state()
+        assert_same(outs[1], outs[0], "returned", exact=False)
+        assert_same(parts, whole, "world", exact=False)
+        assert torch.equal(*streams)
+    assert steppers[1].captured.replayed >= steps - 2
+    return steppers[1].captured
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4])
+@pytest.mark.parametrize("seeded", [True, False])
+def test_each_size_trains_the_same(chunk: int, seeded: bool) -> None:
+    x = INPUTS["mlp"][1]()
+    captured = chunked(lambda: training("mlp", "adamw", members=5, seeded=seeded), chunk, x)
+    assert captured.plans == [f"{chunk} at a time, as told"]
+
+
+@pytest.mark.parametrize("kind", ["cnn", "transformer", "lstm"])
+def test_each_kind_one_at_a_time(kind: str) -> None:
+    x = INPUTS[kind][1]()
+    captured = chunked(lambda: training(kind, "sgd"), 1, x, steps=4)
+    assert captured.plans == ["1 at a time, as told"]
+
+
+def _data(own: bool, marked: bool) -> tuple[Any, Any]:
+    """A step with inputs of each member's own, in the arguments or marked with each()."""
+
+    def make() -> SimpleNamespace:
+        net = stack([nn.Linear(3, 2).double() for _ in range(4)])
+        opt = optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+
+        def step(x: Any) -> torch.Tensor:
+            opt.zero_grad()
+            if marked:
+                losses = net(x).pow(2).mean((1, 2))
+            else:
+                losses = memberwise.vmap(lambda m, x: m(x).pow(2).mean(), (0, 0 if own else None))(net, x)
+            losses.sum().backward()
+            opt.step()
+            return losses
+
+        return SimpleNamespace(step=step, net=net, opt=opt)
+
+    shape = (4, 6, 3) if own else (4, 3)
+    x = torch.randn(shape, dtype=torch.float64)
+    if marked:
+        return make, each(x.movedim(0, 1), 1) if own else x
+    return make, x
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own", "shared, a batch of M"])
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_inputs(own: bool, marked: bool, chunk: int) -> None:
+    make, x = _data(own, marked)
+    assert chunked(make, chunk, x).plans == [f"{chunk} at a time, as told"]
+
+
+def test_inputs_held_by_the_closure() -> None:
+    def make() -> SimpleNamespace:
+        net = stack([nn.Linear(3, 2).double() for _ in range(4)])
+        opt = optim.SGD(net.parameters(), lr=0.1)
+        xs = torch.linspace(-1, 1, 4 * 6 * 3, dtype=torch.float64).reshape(4, 6, 3)
+
+        def step() -> torch.Tensor:
+            opt.zero_grad()
+            losses = memberwise.vmap(lambda m, x: m(x).pow(2).mean())(net, xs)
+            losses.sum().backward()
+            opt.step()
+            return losses
+
+        return SimpleNamespace(step=step, net=net)
+
+    assert chunked(make, 1).plans == ["1 at a time, as told"]
+
+
+def _dependent(kind: str) -> Any:
+    def make() -> SimpleNamespace:
+        if kind == "shared":
+            trunk = nn.Linear(3, 3)
+            models = [nn.Sequential(trunk, nn.Linear(3, 2)).double() for _ in range(4)]
+            net = stack(models, shared=("0.*",))
+        else:
+            net = build(lambda: nn.Linear(3, 2), seeds=range(4), dtype=torch.float64)
+        opt = optim.Adam(net.parameters(), lr=0.1)
+        bank = torch.zeros(2, dtype=torch.float64)
+
+        def step(x: torch.Tensor) -> Any:
+            opt.zero_grad()
+            out = net(x)
+            losses = out.pow(2).mean((1, 2))
+            total = losses.mean() if kind == "mean" else losses.sum()
+            if kind == "diversity":
+                total = total + (out - out.mean(0)).pow(2).sum()
+            if kind == "index":
+                total = total + losses[3]
+            total.backward()
+            opt.step()
+            if kind == "bank":
+                bank.add_(out.detach().sum((0, 1)))
+            return total if kind == "returned" else losses
+
+        return SimpleNamespace(step=step, net=net, bank=bank)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["mean", "diversity", "index", "returned", "bank", "shared"])
+def test_members_that_depend_on_each_other_run_at_once(kind: str) -> None:
+    x = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(6, 3)
+    with pytest.warns(UserWarning, match="MW505"):
+        captured = chunked(_dependent(kind), 1, x)
+    assert captured.plans[0].startswith("all at once: ")
+
+
+def test_a_trial_changes_nothing() -> None:
+    """State, gradients, streams and what the step keeps are to the bit what they were before chunks were tried."""
+
+    def make() -> SimpleNamespace:
+        world = training("mlp", "adamw", members=4)
+        step = world.step
+        world.mean = [torch.zeros(4, dtype=torch.float64)]
+
+        def keeping(x: torch.Tensor) -> Any:
+            out = step(x)
+            world.mean[0] = 0.9 * world.mean[0] + out["losses"].detach()
+            return out
+
+        world.step = keeping
+        return world
+
+    world = make()
+    captured = compile(world.step, chunk=1, backend="fx")
+    x = INPUTS["mlp"][1]()
+    captured(x)
+    captured(x)
+    core = captured.captured
+    program = core.programs[0]
+    from memberwise.capture.arguments import Arguments
+    from tests.parity.twins import tensors_of
+
+    values = program.match(Arguments((x,), {}))
+    assert values is not None
+    before = {name: tensor.clone() for name, tensor in tensors_of(world).items()}
+    objects = {name: id(p) for name, p in world.stack.named_parameters()}
+    streams = [generator.get_state() for generator in world.stack.generators]
+    program.run = program.graph.forward
+    core._plan(program, values, (x,), {})
+    assert core.plans == ["1 at a time, as told"]
+    after = tensors_of(world)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert objects == {name: id(p) for name, p in world.stack.named_parameters()}
+    assert all(torch.equal(a, g.get_state()) for a, g in zip(streams, world.stack.generators, strict=True))
+
+
+def test_a_failing_trial_changes_nothing_either() -> None:
+    make = _dependent("index")
+    twins = Twins(make, exact=False)
+    twins.captured.chunk = 1
+    x = torch.randn(6, 3, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="MW505"):
+        for _ in range(5):
+            twins.call(x)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_auto_takes_the_faster(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is ours, so that the choice is: nothing is timed."""
+    world = training("mlp", "sgd", members=4)
+    captured = compile(world.step, backend="fx").captured
+    monkeypatch.setattr(captured._compiled, "backend", "inductor")
+    monkeypatch.setattr("memberwise.capture.step.compiler_missing", lambda: "")
+    monkeypatch.setattr("memberwise.capture.cache.compile_graph", lambda graph, inputs: graph.forward)
+    monkeypatch.setattr(
+        plan.Planner, "_seconds", lambda self, run: 1.0 if not isinstance(run, plan.Chunks) else 0.5 if faster else 2.0
+    )
+    x = INPUTS["mlp"][1]()
+    for _ in range(4):
+        captured((x,), {})
+    assert captured.plans[0].startswith("one at a time" if faster else "all at once")
+    assert isinstance(captured.programs[0].run, plan.Chunks) == faster
+
+
+def test_auto_does_not_try_what_cannot_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.Planner, "_seconds", lambda self, run: plan.WORTH * 3.9)
+    world = training("mlp", "sgd", members=4)
+    captured = compile(world.step, backend="fx").captured
+    x = INPUTS["mlp"][1]()
+    for _ in range(3):
+        captured((x,), {})
+    planner = plan.Planner(captured.programs[0], captured.programs[0].values, None, None, [])  # type: ignore[arg-type] # unused
+    run, text = planner.faster()
+    assert run is captured.programs[0].run
+    assert "us a member" in text
+
+
+@pytest.mark.parametrize("chunk", [0, -1, True, 1.5, "all"])
+def test_a_wrong_chunk(chunk: Any) -> None:
+    with pytest.raises(ValueError, match="MW504"):
+        compile(lambda: None, chunk=chunk)
