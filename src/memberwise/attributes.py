@@ -72,6 +72,7 @@ class Attributes:
         self._holes: dict[str, Hole] = {}
         self._kinds: dict[str, Any] = {}
         self._one_object: dict[Key, list[weakref.ref[torch.Tensor]]] = {}
+        self._originals: dict[Key, Any] = {}
 
     def take(self, model: nn.Module) -> None:
         """Look at the next member."""
@@ -84,7 +85,7 @@ class Attributes:
         memo = {**tensors, **{id(sub): self._holes[path] for path, sub in modules.items() if path in self._holes}}
         values = dict(self._attributes(modules))
         self._note_objects(values)
-        found = {key: _copied(value, memo) for key, value in values.items()}
+        found = {key: self._own(key, value, memo) for key, value in values.items()}
         if not self.kept:
             self.overlaps = [*_overlaps(values, state(model))]
             self._first, self.skeleton = found, filled(model, tensors)
@@ -100,6 +101,14 @@ class Attributes:
             if name == _WHOLE:
                 own[path, name] = filled(modules[path], tensors)
         self.kept.append(own)
+
+    def _own(self, key: Key, value: Any, memo: dict[int, Any]) -> Any:
+        """The value cut off from the member; one object in all members (a tokenizer, say) is copied once."""
+        if not self.kept:
+            self._originals[key] = value
+        elif value is self._originals.get(key, Missing):
+            return self._first[key]
+        return _copied(value, memo)
 
     def _attributes(self, modules: dict[str, nn.Module]) -> Iterator[tuple[Key, Any]]:
         whole: list[str] = []
@@ -140,7 +149,7 @@ class Attributes:
                     own.pop((path, name), None)
         differing = {key for own in self.kept for key in own}
         self._first = {key: value for key, value in self._first.items() if key in differing}
-        del self.skeleton, self._kinds, self._one_object
+        del self.skeleton, self._kinds, self._one_object, self._originals
         return out, carried
 
     def _can_stack(self, values: list[Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex, overload
@@ -264,10 +265,11 @@ class Stack(nn.Module):
             return super().__getattr__(name)
         if name in vars(template):
             return vars(template)[name]
+        found = inspect.getattr_static(type(template), name, self)
+        if found is not self and not hasattr(type(found), "__get__"):
+            return found  # a constant of the class
         what = f"a Stack of {type(template).__name__} has no attribute '{name}'"
-        call = f"vmap(lambda model, *args: model.{name}(*args), (0, None, ...))(stack, *args)"
-        do = f"It is the members' own; run it for all: {call}" if hasattr(template, name) else ""
-        raise build(StackAttributeError, "MW306", what, do=do)
+        raise build(StackAttributeError, "MW306", what, do=_way_out(name, found) if found is not self else "")
 
     def __setattr__(self, name: str, value: Any) -> None:
         template = vars(self).get("_template")
@@ -289,6 +291,14 @@ def _copy(tensor: torch.Tensor, part: Callable[[torch.Tensor], torch.Tensor]) ->
     out = nn.Parameter(values, tensor.requires_grad)
     out.grad = None if tensor.grad is None else part(tensor.grad.detach()).clone()
     return out
+
+
+def _way_out(name: str, found: Any) -> str:
+    if inspect.isroutine(found):
+        call = f"vmap(lambda model, *args: model.{name}(*args), (0, None, ...))(stack, *args)"
+    else:
+        call = f"vmap(lambda model: model.{name})(stack)"
+    return f"It is the members' own; run it for all: {call}"
 
 
 def _mark_again(stack: Stack, incompatible_keys: Any) -> None:

@@ -168,6 +168,25 @@ def test_objects_methods_and_other_classes_of_submodule_come_back() -> None:
         assert_equal(back(x), model(x), "output of an unstacked member")
 
 
+class Heavy:
+    """Something that is one object in all members, and must not be copied for each."""
+
+    copies = 0
+
+    def __deepcopy__(self, memo: dict) -> Heavy:
+        type(self).copies += 1
+        return Heavy()
+
+
+def test_one_object_in_all_members_is_not_copied_for_each() -> None:
+    heavy, models = Heavy(), nets(20)
+    for model in models:
+        model.tokenizer = heavy
+    Heavy.copies = 0
+    memberwise.stack(models)
+    assert Heavy.copies <= 4
+
+
 class Masked(nn.Module):
     """Holds a tensor in a plain attribute, which no `.to()` and no state dict knows."""
 

@@ -390,16 +390,29 @@ def test_stacked_again_it_is_the_same_stack() -> None:
     assert_same_state(memberwise.stack([copy.deepcopy(member) for member in stack]), models, gradients=False)
 
 
-def test_what_is_a_method_or_unknown_says_so() -> None:
-    stack = memberwise.stack(nets(2))
+class Speaks(Net):
+    """Has a method, a property and a constant of the class."""
+
+    width = 4
+
+    @property
+    def total(self) -> torch.Tensor:
+        return self.first.weight.sum()
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x)
+
+
+def test_what_is_a_method_a_property_or_unknown_says_so() -> None:
+    stack, x = memberwise.stack([Speaks().double() for _ in range(2)]), inputs(5, 3)
     assert stack.mark == "as made"
-    with pytest.raises(AttributeError, match=r"no attribute 'unknown'.*MW306"):
+    assert stack.width == 4
+    with pytest.raises(AttributeError, match=r"no attribute 'unknown'\. \[MW306\]"):
         _ = stack.unknown
-    Net.encode = lambda self, x: self.first(x)  # type: ignore[attr-defined] # for this test
-    try:
-        with pytest.raises(AttributeError, match=r"vmap\(lambda model.*encode.*MW306"):
-            stack.encode(inputs(5, 3))
-        out = memberwise.vmap(lambda model, x: model.encode(x), (0, None))(stack, inputs(5, 3))
-        assert out.shape == (2, 5, 4)
-    finally:
-        del Net.encode  # type: ignore[attr-defined] # likewise
+    with pytest.raises(AttributeError, match=r"vmap\(lambda model, \*args: model\.encode\(.*MW306"):
+        stack.encode(x)
+    with pytest.raises(AttributeError, match=r"vmap\(lambda model: model\.total\)\(stack\).*MW306"):
+        _ = stack.total
+    assert memberwise.vmap(lambda model, x: model.encode(x), (0, None))(stack, x).shape == (2, 5, 4)
+    assert_equal(memberwise.vmap(lambda model: model.total)(stack), stack.first.weight.sum((1, 2)), "property")
+    assert not hasattr(stack, "encode")
