@@ -74,7 +74,44 @@ def stacked_run(models: Sequence[nn.Module], x: torch.Tensor, labels: torch.Tens
     return run
 
 
-def compare(case: Case, size: int, batch: int, shared: bool, mode: str, dtype: torch.dtype) -> None:
+def module_run(models: Sequence[nn.Module], x: torch.Tensor, labels: torch.Tensor, shared: bool, draw: bool) -> Run:
+    """All models at once, as one module and a loss written for one model."""
+    stack = memberwise.stack(models)
+    if draw:
+        stack.generators = [torch.Generator().manual_seed(100 + i) for i in range(len(models))]
+    x = x.detach().clone().requires_grad_(x.requires_grad)
+
+    def one(model: nn.Module, own_x: torch.Tensor, own_labels: torch.Tensor) -> Any:
+        out = model(own_x)
+        return out, loss(out, own_labels)
+
+    dim = None if shared else 0
+    out, value = memberwise.vmap(one, (0, dim, dim))(stack, x, labels)
+    torch.autograd.backward([out, value], [cotangent(out, 0), torch.ones_like(value)])
+    run: Run = {"out": out.detach(), "loss": value.detach()}
+    run |= {f"grad {name}": p.grad for name, p in stack.named_parameters()}
+    run |= {f"buffer {name}": buffer for name, buffer in stack.named_buffers()}
+    if stack.generators is not None:
+        run["stream"] = torch.stack([generator.get_state() for generator in stack.generators])
+    if x.requires_grad:
+        run["grad of x"] = x.grad
+    again = memberwise.stack(models).eval()
+    before = [buffer.clone() for buffer in again.buffers()]
+    assert_equal(again(x if shared else memberwise.each(x)), lone_outputs(models, x, shared), "the stack itself")
+    for buffer, old in zip(again.buffers(), before, strict=True):
+        assert torch.equal(buffer, old)
+    return run
+
+
+def lone_outputs(models: Sequence[nn.Module], x: torch.Tensor, shared: bool) -> torch.Tensor:
+    """Each model's output in eval mode."""
+    copies = [copy.deepcopy(model).eval() for model in models]
+    return torch.stack([model(x if shared else x[i]) for i, model in enumerate(copies)])
+
+
+def compare(
+    case: Case, size: int, batch: int, shared: bool, mode: str, dtype: torch.dtype, road: Any = stacked_run
+) -> None:
     """One point of the grid. Modes: eval; train without draws (p = 0); train with dropout drawn a member."""
     models = case.members(size, dtype, p=0.3 if mode == "train" else 0.0)
     for model in models:
@@ -83,7 +120,7 @@ def compare(case: Case, size: int, batch: int, shared: bool, mode: str, dtype: t
     x = case.inputs(*lead, dtype=dtype)
     labels = targets(*lead, STEPS) if case is CASES["transformer"] else targets(*lead)
     loop = lone_runs(copy.deepcopy(models), x, labels, shared, mode == "train")
-    ours = stacked_run(models, x, labels, shared, mode == "train")
+    ours = road(models, x, labels, shared, mode == "train")
     if mode != "train":
         del loop["stream"]
     assert ours.keys() == loop.keys()
@@ -110,6 +147,13 @@ def test_float64(kind: str, size: int, mode: str, batch: int, shared: bool) -> N
 @pytest.mark.parametrize("kind", CASES)
 def test_float32(kind: str, shared: bool, mode: str) -> None:
     compare(CASES[kind], 3, 4, shared, mode, torch.float32)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "train without draws"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("kind", CASES)
+def test_as_one_module(kind: str, shared: bool, mode: str) -> None:
+    compare(CASES[kind], 3, 4, shared, mode, torch.float64, module_run)
 
 
 @pytest.mark.parametrize("kind", CASES)
