@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from memberwise._torch.dispatch import pop_mode, push_mode
+from memberwise._torch.dispatch import mode_depth, pop_mode, push_mode
 from memberwise.engine.ambient import Region
 from memberwise.engine.slots import Slots, Swap
 
@@ -31,6 +31,7 @@ def inside(region: Region) -> Iterator[None]:
         yield
         return
     local.regions = (*outer, region)
+    region.depth = mode_depth()
     push_mode(region)
     try:
         yield

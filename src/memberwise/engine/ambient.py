@@ -6,7 +6,7 @@ part in: `torch.zeros(3)`, `torch.randn(3)`, a mask made of plain tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -37,6 +37,7 @@ class Region(DispatchMode):
         tensor_class: the member class of this nesting level.
         closures: tensors that the function was not given and that need gradients, as they were taken in.
         journal: what was overwritten of memory that outlives the call, for undo.
+        depth: how many modes lie below this one; tracers come in below, too.
         running: whether the call is still under way (its backward may come later).
     """
 
@@ -56,6 +57,8 @@ class Region(DispatchMode):
         self.touched: set[int] = set()
         self.closures: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.running = False
+        self.depth = 0
+        self._reached: list[torch.Tensor] = []
         self._streams: list[tuple[torch.Generator, torch.Tensor]] | None = None
 
     @classmethod
@@ -83,6 +86,17 @@ class Region(DispatchMode):
         """Put the random streams back to where they stood before the first draw."""
         for generator, state in self._streams or ():
             generator.set_state(state)
+
+    def note_backward(self, leaves: Iterable[torch.Tensor]) -> None:
+        """A backward inside the call reaches tensors outside of it."""
+        self._reached.extend(leaves)
+
+    def release_gradients(self) -> None:
+        """What autograd accumulated outside, while the mode was on, is plain."""
+        for tensor in self._reached:
+            if isinstance(tensor.grad, MemberTensor):
+                tensor.grad = tensor.grad._inner
+        self._reached.clear()
 
     def forget(self) -> None:
         """The run is over: there is nothing left to undo."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from memberwise._torch.checkpoint import StopRecomputation, recomputed_inside
-from memberwise._torch.dispatch import push_mode
+from memberwise._torch.dispatch import has_tangents, mode_depth, push_mode
 from memberwise._torch.dynamo import uncompiled
 from memberwise._torch.functions import enter_functions, leave_functions
 from memberwise.engine import again, retreat
@@ -117,6 +117,9 @@ def _run_parts(
 
 def _run_chunk(func: Callable[..., Any], arguments: Arguments, out_dims: Any, randomness: str, generators: Any) -> Any:
     region = Region(arguments.size, len(again.local.regions), randomness, generators)
+    if has_tangents():
+        reason = Retreat("forward-mode differentiation goes around the call", region)
+        return retreat.by_members(func, arguments, out_dims, region, reason)
     while True:
         try:
             return _run_stacked(func, arguments, out_dims, region)
@@ -135,6 +138,7 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
     region.running = True
     again.local.regions = (*outer, region)
     enter_functions(again.current, function_arguments)
+    region.depth = mode_depth()
     push_mode(region)
     try:
         try:
@@ -167,6 +171,7 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
         raise
     finally:
         region.running = False
+        region.release_gradients()
         region.forget()
     return result
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memberwise._torch.dispatch import applier, functorch_active, has_tangents, shorten_backward
+from memberwise._torch.dispatch import applier, functorch_active, shorten_backward
 from memberwise.engine.tensor import MemberTensor, stacked, wrap, wrap_unbatched
 from memberwise.errors import EngineError, fail
 
@@ -26,23 +26,20 @@ class Enter(torch.autograd.Function):
         ctx.region, ctx.batched = inputs[0], inputs[1]
         ctx.set_materialize_grads(False)
         fixed = [member for member, tensor in zip(output, inputs[2:], strict=True) if not tensor.requires_grad]
-        if fixed and not has_tangents():  # inside a transform of functorch buffers come along, which must not require a gradient
+        if fixed:  # inside a transform of functorch buffers come along, which must not require a gradient
             ctx.mark_non_differentiable(*fixed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         region = ctx.region
+        if region.running:
+            region.note_backward(node.variable for node, _ in ctx.next_functions if hasattr(node, "variable"))
         pairs = zip(grads, ctx.batched, strict=True)
         return (
             None,
             None,
             *(None if grad is None else leave(grad, region) if held else total(grad, region) for grad, held in pairs),
         )
-
-    @staticmethod
-    def jvp(ctx: Any, _region: Any, _batched: Any, *tangents: Any) -> Any:
-        pairs = zip(tangents, ctx.batched, strict=True)
-        return tuple(None if t is None else enter([t], [held], ctx.region)[0] for t, held in pairs)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, region: Region, batched: Any, *tensors: torch.Tensor) -> Any:
@@ -70,10 +67,6 @@ class Exit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         return (None if grad is None else enter([grad], [True], ctx.region)[0]), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Any, _region: Any) -> Any:
-        return None if tangent is None else leave(tangent, ctx.region)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, value: torch.Tensor, region: Region) -> Any:

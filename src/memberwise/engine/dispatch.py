@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from memberwise._torch.dispatch import without_dispatch
+from memberwise._torch.dispatch import mode_depth, without_dispatch
 from memberwise.engine import ladder, trace
 from memberwise.engine.ambient import Region
 from memberwise.engine.layout import count_write, promote, relatives, settle
@@ -24,6 +24,8 @@ def on_dispatch(func: Any, args: Any, kwargs: Any, region: Region | None = None)
     """Entry from `__torch_dispatch__`: of a region's mode (all operations inside), or of a member tensor."""
     if func in _MATERIAL and isinstance((*args, None)[0], torch.Tensor | list):
         func = _MATERIAL[func]
+    if region is not None and mode_depth() > region.depth:
+        part_ways(region, "a tracer inside the call would take member tensors for constants")
     op = describe(func)
     if op.quick and not kwargs and trace.active is None:
         out = _quick(op, args, region)
@@ -92,7 +94,8 @@ def _move_in_place(func: Any, args: Any, kwargs: dict[str, Any], region: Region 
     if member._viewed or len(relatives(member)) > 1:
         part_ways(member._region, f"{func} changes the shape of a tensor that has views")
     packet = getattr(torch.ops.aten, func._schema.name.removeprefix("aten::")[:-1])
-    moved = on_dispatch(getattr(packet, func._overloadname), args, kwargs, region)
+    plain = getattr(packet, func._overloadname, None) or packet.int  # of `transpose_`, `transpose.int`
+    moved = on_dispatch(plain, args, kwargs, region)
     member._inner, member._differs = moved._inner, False
     with without_dispatch():
         func(*args, **kwargs)
@@ -265,6 +268,8 @@ class Call:
                 self._refuse_shared_write(region)
             promote(target)
         elif target._outside:
+            if target._inner.is_inference() and not torch.is_inference_mode_enabled():
+                part_ways(region, f"{self.op.name} writes an inference tensor outside of inference mode")
             region.keep(target._inner)
 
     def _refuse_shared_write(self, region: Region) -> None:
