@@ -59,13 +59,17 @@ def test_batches_of_none_and_one(batch: int) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("shared", [True, False])
-def test_every_kind_of_model(name: str, shared: bool) -> None:
+@pytest.mark.parametrize(
+    ("size", "batch", "train"), [(1, 4, True), (3, 2, True), (3, 1, False), (8, 4, False), (3, 0, False)]
+)
+def test_every_kind_of_model(name: str, shared: bool, size: int, batch: int, train: bool) -> None:
     case = CASES[name]
-    models = case.members(3, torch.float64, p=0.0)
+    models = [model.train(train) for model in case.members(size, torch.float64, p=0.0)]
     stack, alone = memberwise.stack(models), twins(models)
-    x = case.inputs(4, dtype=torch.float64) if shared else case.inputs(3, 4, dtype=torch.float64)
-    expected = run_alone(alone, lambda model, i: model(x.detach() if shared else x[i].detach()))
-    out = stack(x.detach() if shared else each(x.detach()))
+    lead = (batch,) if shared else (size, batch)
+    x = case.inputs(*lead, dtype=torch.float64).detach()
+    expected = run_alone(alone, lambda model, i: model(x if shared else x[i]))
+    out = stack(x if shared else each(x))
     backward(out)
     assert_equal(out.detach(), expected, "output")
     assert_same_state(stack, alone)

@@ -419,6 +419,21 @@ def test_members_start_as_the_lone_script_does(dtype: torch.dtype | None) -> Non
     assert stack.calls.dtype is torch.int64
 
 
+def test_building_holds_no_more_than_the_stack_and_two_members() -> None:
+    alive: list[weakref.ref[nn.Module]] = []
+
+    def factory() -> nn.Module:
+        gc.collect()
+        assert sum(ref() is not None for ref in alive) <= 1
+        model = nn.Linear(3, 3)
+        alive.append(weakref.ref(model))
+        return model
+
+    memberwise.build(factory, seeds=range(6))
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 6
+
+
 def test_members_draw_as_the_lone_script_does() -> None:
     """Dropout masks of three steps, forward and backward, and where the streams stand then."""
     stack, x = memberwise.build(Net, seeds=range(4), dtype=torch.float64), inputs(6, 3)
