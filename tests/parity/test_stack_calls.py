@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 import memberwise
 from memberwise import each
+from memberwise.engine.tensor import MemberTensor
 from memberwise.testing.tolerance import assert_equal
 from tests.parity.models import CASES, loss, targets
 from tests.parity.stacks import assert_same_state, backward, inputs, nets, run_alone, twins
@@ -395,3 +397,19 @@ def test_functional_losses_of_distilled_members() -> None:
     out = memberwise.vmap(lambda model, x: F.mse_loss(model(x), teacher(x).detach()), (0, None))(stack, x)
     assert_equal(out[0].detach(), torch.zeros((), dtype=torch.float64), "distance to itself")
     assert bool((out[1:] > 0).all())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_member_tensor_outlives_its_call(name: str) -> None:
+    """Neither in the stack nor in a cycle that only the collector would find: memory is free at once."""
+    case = CASES[name]
+    stack, x = memberwise.build(case.make, seeds=range(3)), case.inputs(4, dtype=torch.float32)
+    gc.collect()
+    before = {id(one) for one in gc.get_objects() if isinstance(one, MemberTensor)}
+    gc.disable()
+    try:
+        stack(x).square().sum().backward()
+        left = [one for one in gc.get_objects() if isinstance(one, MemberTensor) and id(one) not in before]
+    finally:
+        gc.enable()
+    assert left == []
