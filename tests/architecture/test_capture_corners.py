@@ -35,6 +35,24 @@ def test_views_share_a_memory_key_and_copies_do_not() -> None:
     assert identity.memory_key(x) != identity.memory_key(x.clone())
 
 
+def test_a_tensor_is_plain_unless_its_class_handles_operations() -> None:
+    """Breaks: the recorder would record member tensors, or nothing."""
+
+    class Shown(torch.Tensor):
+        pass
+
+    class Handled(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            return NotImplemented
+
+    x = torch.ones(2)
+    assert identity.is_plain(x)
+    assert identity.is_plain(torch.nn.Parameter(x))
+    assert identity.is_plain(x.as_subclass(Shown))
+    assert not identity.is_plain(x.as_subclass(Handled))
+
+
 OTHERS = {
     "dtype": lambda: torch.ones(2, 3, dtype=torch.float64),
     "shape": lambda: torch.ones(2, 4),

@@ -22,13 +22,19 @@ kernels go through the compiler at once. Few operations are out of its reach; th
 
 def compile_graph(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:
     """A compiled `module`: same inputs, same outputs, same writes to the inputs. Runs nothing on `inputs`."""
-    from torch import _inductor
-
     with torch.no_grad():
         for options in _WRAPPERS[:-1]:
             with contextlib.suppress(Exception):  # what the last wrapper raises is the reason given
-                return _inductor.compile(copy.deepcopy(module), list(inputs), options=options)
-        return _inductor.compile(copy.deepcopy(module), list(inputs), options=_WRAPPERS[-1])
+                return _compile(module, inputs, options)
+        return _compile(module, inputs, _WRAPPERS[-1])
+
+
+def _compile(module: fx.GraphModule, inputs: Sequence[torch.Tensor], options: dict[str, Any]) -> Callable[..., Any]:
+    from torch import _inductor
+
+    compiled = _inductor.compile(copy.deepcopy(module), list(inputs), options=options)  # it may change what it gets
+    assert callable(compiled)
+    return compiled
 
 
 def compiler_missing() -> str:

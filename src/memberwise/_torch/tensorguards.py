@@ -20,6 +20,6 @@ def tensor_check(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
     """
     return TensorGuards(
         *tensors,
-        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
-        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+        dynamic_dims_sizes=[list(t.shape) for t in tensors],  # type: ignore[arg-type] # a list a tensor; the stub errs
+        dynamic_dims_strides=[list(t.stride()) for t in tensors],  # type: ignore[arg-type] # as above
     ).check

@@ -58,7 +58,7 @@ class Assembly:
         self.stores: list[tuple[Place, int]] = []
         self.grads_in: list[tuple[int, torch.Tensor]] = []
         self.grads_out: list[tuple[torch.Tensor, int | None]] = []
-        self._filled_anew: dict[int, Any] = {}
+        self._filled_anew: dict[int, Place] = {}
         self._index: dict[int, int] = {}
         self._positions = {id(t): k for k, t in reversed(list(enumerate(before.arguments.tensors)))}
         pairs = zip(before.leaves, before.grads, strict=True)
@@ -187,14 +187,14 @@ class Assembly:
             if isinstance(now, torch.nn.Parameter):
                 raise Refused("python-state", f"{change.place.label} is a new parameter")
             self.stores.append((change.place, self._output(now, change.place.label)))
-            self._note_moving(change)
+            self._note_moving(change.place, change)
 
-    def _note_moving(self, change: Change) -> None:
+    def _note_moving(self, place: Place, change: Change) -> None:
         """What stands in a place that the step fills anew was put there by the step before."""
         places = self.before.reach.places.get(id(change.before), [])
         if len(places) > 1:
-            raise Refused("python-state", f"{change.place.label} is filled anew and also held by {places[-1].label}")
-        self._filled_anew[id(change.before)] = change.place
+            raise Refused("python-state", f"{place.label} is filled anew and also held by {places[-1].label}")
+        self._filled_anew[id(change.before)] = place
 
     def _store_grads(self) -> None:
         before = self.before

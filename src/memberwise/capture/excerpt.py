@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,9 @@ class _Facts:
     def __init__(self, slots: Slots) -> None:
         self.slots = slots
         self.own = {name: getattr(slots, name) for name in ("members", "generators", "retreats", "carried")}
-        self.tables = [(table, dict(table)) for table in (slots.retreats, slots.carried)]
+        self.tables: list[tuple[dict[Any, Any], dict[Any, Any]]] = [
+            (slots.retreats, dict(slots.retreats)), (slots.carried, dict(slots.carried)),
+        ]  # fmt: skip
 
     def restore(self) -> None:
         for name, value in self.own.items():

@@ -12,6 +12,8 @@ import torch
 from memberwise.capture.places import Place
 from memberwise.capture.reach import PLAIN, Row, without
 
+_call: Any = operator.call  # as `map` takes it; its own type ties the function's parameters to the call's
+
 
 class Change(NamedTuple):
     """One watched value that is another one now."""
@@ -42,12 +44,12 @@ class Guards:
 
     def take(self) -> None:
         """Take the values of now as those to hold."""
-        self._values = [*chain.from_iterable(map(operator.call, self._getters, self._holders)), None]
+        self._values = [*chain.from_iterable(map(_call, self._getters, self._holders)), None]
 
     def hold(self) -> bool:
         """Whether each value is the object it was."""
         try:
-            now = chain.from_iterable(map(operator.call, self._getters, self._holders))
+            now = chain.from_iterable(map(_call, self._getters, self._holders))
             return (
                 all(map(operator.is_, chain(now, (None,)), self._values))
                 and list(map(len, self._sized)) == self._sizes

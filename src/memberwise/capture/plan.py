@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -152,7 +153,7 @@ class Planner:
         shapes = [value.shape for value in self.values]
         leaves = [self.values[index] for index in whole.leaves]
         places = [place for place, _ in whole.stores]
-        outside = dict(leaves=leaves, places=places, generators=whole.generators, stacks=whole.stacks)
+        outside: dict[str, Any] = dict(leaves=leaves, places=places, generators=whole.generators, stacks=whole.stacks)
         known = {id(entry.tensor) for entry in stacked}
         written = [Stacked(value, None) for value in self._inputs() if memory_key(value) in whole.written]
         written = [entry for entry in written if id(entry.tensor) not in known]

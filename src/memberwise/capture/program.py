@@ -16,6 +16,7 @@ from memberwise.capture.arguments import Arguments
 from memberwise.capture.draws import Draw
 from memberwise.capture.guards import Change, Guards
 from memberwise.capture.places import Place
+from memberwise.engine.slots import Slots
 from memberwise.trees import tree_map
 
 _hooks_of = operator.attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -109,7 +110,7 @@ class Program:
     arguments: Arguments
     written: set[int]
     setting: Setting
-    stacks: list[Any]
+    stacks: list[Slots]
     stacked: list[torch.Tensor]
     generators: list[torch.Generator]
     run: Callable[..., Sequence[torch.Tensor]] | None = None

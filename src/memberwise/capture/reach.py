@@ -7,16 +7,13 @@ value met becomes one entry of a `Row`; the guards compare rows, and tensors met
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
-import dis
 import enum
 import functools
 import operator
 import random
 import sys
-import sysconfig
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,8 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from memberwise.capture.origins import is_installed, is_library_value, is_opaque, names_in, root
 from memberwise.capture.places import Attribute, Item, Place
 from memberwise.capture.refusals import Refusal, is_library
+from memberwise.capture.standins import Cache, Members, Prepared
+from memberwise.engine.arguments import slots_of
+from memberwise.engine.slots import Slots
 
 LIMIT = 100_000
 """How many values are watched at most."""
@@ -44,8 +45,6 @@ _DERIVED = frozenset({"_flat_weights", "_flat_weight_refs"})
 """Attributes that torch's recurrent modules make anew from their parameters."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_LIBRARIES = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "memberwise", "numpy"}
-_SITE = sysconfig.get_paths()["purelib"]
 
 
 class Row(NamedTuple):
@@ -95,7 +94,7 @@ class Reach:
         self.rows: list[Row] = []
         self.places: dict[int, list[Place]] = {}
         self.tensors: list[torch.Tensor] = []
-        self.stacks: list[Any] = []
+        self.stacks: list[Slots] = []
         self.stacked: list[torch.Tensor] = []
         self.generators: list[torch.Generator] = []
         self.streams: list[Any] = [random, *([sys.modules["numpy.random"]] if "numpy.random" in sys.modules else [])]
@@ -103,7 +102,8 @@ class Reach:
         self.arrays: list[str] = []
         self.refusal: Refusal | None = None
         self._seen: dict[int, Any] = {}
-        self._pending = collections.deque((label, value, None) for label, value in roots)
+        self._pending: collections.deque[tuple[str, Any, Place | None]] = collections.deque()
+        self._pending.extend((label, value, None) for label, value in roots)
         self._classes: set[type] = set()
         self._held: set[tuple[int, Any]] = set()
         self._watched = 0
@@ -168,15 +168,15 @@ class Reach:
         self._pending.extend((place.label, place.read(), place) for place in places)
 
     def _set(self, label: str, value: Any) -> None:
-        holder = _Members(value)
+        holder = Members(value)
         self._hold(holder, [Attribute(holder, "members", label)], follow=False)
 
     def _module(self, label: str, value: nn.Module) -> None:
         own = vars(value)
-        if hasattr(type(value), "__memberwise_slots__"):
-            self.stacks.append(value.__memberwise_slots__())
-            tensors = self.stacks[-1].tensors()
-            self.stacked += [tensor for tensor, held in tensors if held and tensor is not None]
+        slots = slots_of(value)
+        if slots is not None:
+            self.stacks.append(slots)
+            self.stacked += [tensor for tensor, held in slots.tensors() if held and tensor is not None]
         skipped = _DERIVED | _MODULE_KEYS - {"training"}
         self._entries(own, [key for key in own if key not in skipped], label, sized=True)
         for name in ("_parameters", "_buffers", "_modules"):
@@ -198,10 +198,10 @@ class Reach:
 
     def _globals(self, function: types.FunctionType) -> None:
         """The globals that a function names, and what it names of modules of the user's."""
-        names, attributes = _names(function.__code__)
+        names, attributes = names_in(function.__code__)
         space = function.__globals__
-        found = [name for name in sorted(names) if name in space and not _is_library_value(space[name])]
-        if _is_installed(function):
+        found = [name for name in sorted(names) if name in space and not is_library_value(space[name])]
+        if is_installed(function):
             found = [name for name in found if isinstance(space[name], PLAIN)]
         for name in found:
             self._named(name, space[name])
@@ -223,13 +223,13 @@ class Reach:
 
     def _cached_function(self, label: str, value: Any) -> None:
         self._pending.append((label, value.__wrapped__, None))
-        holder = _Cache(value)
+        holder = Cache(value)
         self._hold(holder, [Attribute(holder, "misses", f"the cache of {label}")])
 
     def _class(self, label: str, value: type) -> None:
         """Values and functions of a class of the user's; classes of libraries do not change."""
         for owner in value.__mro__:
-            if owner in self._classes or _is_library_value(owner):
+            if owner in self._classes or is_library_value(owner):
                 continue
             self._classes.add(owner)
             space = vars(owner)
@@ -249,14 +249,14 @@ class Reach:
         pass
 
     def _object(self, label: str, value: Any) -> None:
-        if _is_opaque(type(value)):
+        if is_opaque(type(value)):
             return
         if hasattr(type(value), "capture_state"):
             self._optimizer(label, value)
             return
         own = getattr(value, "__dict__", None)
         if own is not None:
-            ours = _root(type(value).__module__) == "memberwise"  # what is private there is derived from the rest
+            ours = root(type(value).__module__) == "memberwise"  # what is private there is derived from the rest
             self._entries(own, [key for key in own if not (ours and key.startswith("_"))], label, sized=not ours)
         slots = [name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)]
         self._hold(value, [Attribute(value, name, f"{label}.{name}") for name in slots])
@@ -265,7 +265,7 @@ class Reach:
     def _optimizer(self, label: str, value: Any) -> None:
         """An optimizer that says itself what a recording depends on; its hyperparameters are tensors."""
         self.optimizers.append(value)
-        holder = _Prepared(value)
+        holder = Prepared(value)
         for index, tensor in enumerate(holder.tensors):
             self._tensor(f"{label}.capture_state()[{index}]", tensor, None)
         for name in ("signature", "state"):
@@ -278,55 +278,6 @@ class Reach:
         ]  # fmt: skip
         for group in value.param_groups:
             self._items(group["params"], range(len(group["params"])), f"{label}.param_groups[]['params']", sized=True)
-
-
-class _Prepared:
-    """An optimizer's own account of what its step depends on, as values that stay one object while they are equal."""
-
-    def __init__(self, optimizer: Any) -> None:
-        self.optimizer = optimizer
-        self.tensors = optimizer.capture_state()
-        self.before = optimizer.capture_signature()
-        self.held = self._tables()
-
-    def _tables(self) -> list[Any]:
-        groups = self.optimizer.param_groups
-        return [groups, len(groups), *self.optimizer.state.values()]
-
-    @property
-    def signature(self) -> Any:
-        now = self.optimizer.capture_signature()
-        return self.before if now == self.before else now
-
-    @property
-    def state(self) -> Any:
-        """Changes when state was loaded, or groups were added."""
-        now = self._tables()
-        same = len(now) == len(self.held) and all(map(operator.is_, now, self.held))
-        return self.held if same else now
-
-
-class _Cache:
-    """What a function with `functools.lru_cache` has in it: nothing new, as long as it never misses."""
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-
-    @property
-    def misses(self) -> int:
-        return self.function.cache_info().misses
-
-
-class _Members:
-    """A set, seen as a value that is one object as long as the set holds the same."""
-
-    def __init__(self, held: Any) -> None:
-        self.held = held
-        self.before = frozenset(held)
-
-    @property
-    def members(self) -> frozenset[Any]:
-        return self.before if self.held == self.before else frozenset(self.held)
 
 
 def _numpy_streams() -> tuple[type, ...]:
@@ -373,23 +324,6 @@ def _slots(kind: type) -> tuple[str, ...]:
     return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
 
-def _names(code: types.CodeType) -> tuple[set[str], set[str]]:
-    """Global names and attribute names that code refers to, functions inside it included."""
-    names: set[str] = set()
-    attributes: set[str] = set()
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            names.add(instruction.argval)
-        elif instruction.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
-            attributes.add(instruction.argval)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            inner_names, inner_attributes = _names(constant)
-            names |= inner_names
-            attributes |= inner_attributes
-    return names, attributes
-
-
 def _written(key: Any) -> str:
     return repr(key) if isinstance(key, PLAIN) else f"<{type(key).__name__}>"
 
@@ -398,27 +332,3 @@ def _is_own_entry(key: str, held: Any) -> bool:
     if isinstance(held, PLAIN):
         return not key.startswith("__")
     return isinstance(held, types.FunctionType | list | dict)
-
-
-def _is_installed(function: types.FunctionType) -> bool:
-    return function.__code__.co_filename.startswith(_SITE)
-
-
-def _root(module: str | None) -> str:
-    return (module or "").partition(".")[0]
-
-
-def _is_library_value(value: Any) -> bool:
-    """Functions, classes and modules of torch, NumPy, Memberwise and the standard library."""
-    if isinstance(value, types.ModuleType):
-        return _root(value.__name__) in _LIBRARIES
-    if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
-        return _root(value.__module__) in _LIBRARIES
-    return False
-
-
-def _is_opaque(kind: type) -> bool:
-    """Objects of the standard library and NumPy: locks, loggers, paths; namespaces are the exception."""
-    if kind in (types.SimpleNamespace, argparse.Namespace):
-        return False
-    return _root(kind.__module__) in _LIBRARIES - {"torch", "memberwise"}

@@ -15,7 +15,8 @@ from memberwise.trees import tree_leaves
 
 _VALUES = frozenset({"tolist", "numpy", "__array__", "__dlpack__", "__repr__", "__reduce_ex__", "storage"})
 _POINTERS = frozenset({"data_ptr", "untyped_storage"})
-_EXCHANGES = frozenset({torch.Tensor.data.__set__, torch.Tensor.set_, torch.Tensor.resize_})
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined] # a descriptor, which the stubs call a Tensor
+_EXCHANGES = frozenset({_SET_DATA, torch.Tensor.set_, torch.Tensor.resize_})
 _FROM_HOST = frozenset({"tensor", "new_tensor", "as_tensor", "asarray", "scalar_tensor"})
 _READS_INDICES = frozenset({torch.tensor_split, torch.Tensor.tensor_split})
 _ASKING = (str(Path(__file__).parent.parent), str(Path(torch.nn.__file__).parent))

@@ -16,7 +16,7 @@ from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from memberwise._torch.dispatch import DispatchMode
-from memberwise._torch.identity import memory_key, stream_key
+from memberwise._torch.identity import is_plain, memory_key, stream_key
 from memberwise._torch.pytree import tree_flatten, tree_unflatten
 from memberwise.capture.draws import Draw, Streams, state_of
 from memberwise.capture.reads import HostReads
@@ -28,7 +28,6 @@ _aten = torch.ops.aten
 _Tag = torch.Tag
 _EXCHANGES = {_aten.set_.source_Storage, _aten.set_.source_Storage_storage_offset, _aten.set_.source_Tensor}
 _BY_VALUE = {_Tag.data_dependent_output, _Tag.dynamic_output_shape}
-_PLAIN_DISPATCH = torch.Tensor.__torch_dispatch__
 
 
 class Recorder(DispatchMode):
@@ -213,7 +212,8 @@ class Recorder(DispatchMode):
     ) -> None:
         after = state_of(generator)
         if after == before and not (isinstance(out, torch.Tensor) and out.numel() == 0):
-            self._record(func, *tree_flatten((args, kwargs)), out)  # this call draws nothing
+            leaves, spec = tree_flatten((args, kwargs))
+            self._record(func, leaves, spec, out)  # this call draws nothing
             return
         fills = bool(describe(func).written)
         shaped = fills or func._schema.name.endswith("_like")
@@ -221,8 +221,9 @@ class Recorder(DispatchMode):
         if not isinstance(out, torch.Tensor) or not all(map(self._is_known, leaves)):
             self.refuse(Refusal("random-values", _called(self.reads, func), user_line()))
             return
-        own = tree_unflatten([leaf.clone() if self._is_fixed(leaf) else leaf for leaf in leaves], spec)
-        drawn = self._drawn(Draw(func, *own, out, shaped=shaped), generator, before, after)
+        known = [leaf.clone() if self._is_fixed(leaf) else leaf for leaf in leaves]
+        own_args, own_kwargs = tree_unflatten(known, spec)
+        drawn = self._drawn(Draw(func, own_args, own_kwargs, out, shaped=shaped), generator, before, after)
         if drawn is None:
             self.refuse(Refusal("random-state", "a stream was set inside the step", user_line()))
         elif fills:
@@ -255,7 +256,7 @@ class Recorder(DispatchMode):
 
 
 def _is_subclass(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and type(leaf).__torch_dispatch__ is not _PLAIN_DISPATCH
+    return isinstance(leaf, torch.Tensor) and not is_plain(leaf)
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
