@@ -42,7 +42,15 @@ def layer_norm(x: torch.Tensor, shape: Any, weight: Any, bias: Any, dims: Any, e
 
 
 def layer_norm_grads(
-    grad: torch.Tensor, x: torch.Tensor, plain: Any, shape: Any, mean: Any, rstd: Any, weight: Any, w_dim: Any, mask: Any
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    plain: Any,
+    shape: Any,
+    mean: Any,
+    rstd: Any,
+    weight: Any,
+    w_dim: Any,
+    mask: Any,
 ) -> tuple[Any, Any, Any]:
     """Gradients `(M, *s, *n)`, `(M, *n)`, `(M, *n)` or None; `plain` is the normalised input, or None."""
     kinds = x.dtype, x.dtype if weight is None else weight.dtype
@@ -201,9 +209,7 @@ class LayerNorm:
         x, shape, weight, _, _ = inputs
         x = expanded(x, in_dims[0], info.batch_size)
         mask = needs[0], needs[2], needs[3]
-        grad_x, grad_weight, grad_bias = layer_norm_grads(
-            grad, x, kept[0], shape, *kept[1:], weight, in_dims[2], mask
-        )
+        grad_x, grad_weight, grad_bias = layer_norm_grads(grad, x, kept[0], shape, *kept[1:], weight, in_dims[2], mask)
         return grad_x, None, grad_weight, grad_bias, None
 
 

@@ -1,0 +1,79 @@
+"""Composite rules of recurrent layers, and what goes by single operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from memberwise.rules import recurrent
+from memberwise.rules.directions import is_faster_apart
+from tests.parity.loops import check, numbers
+from tests.parity.rule_case import RuleCase, case, of
+
+_KINDS = {
+    "lstm": (torch.lstm, 4, 2),
+    "gru": (torch.gru, 3, 1),
+    "tanh": (torch.rnn_tanh, 1, 1),
+    "relu": (torch.rnn_relu, 1, 1),
+}
+
+
+def _layer(kind: str, layers: int = 1, directions: int = 1, bias: bool = True, batch_first: bool = False) -> RuleCase:
+    """A recurrent call: 5 features in, 3 hidden, batch 2, 4 steps, states given."""
+    function, gates, states = _KINDS[kind]
+    weights = []
+    for k in range(layers * directions):
+        width = 5 if k < directions else 3 * directions
+        own = [
+            of(gates * 3, width, seed=k),
+            of(gates * 3, 3, seed=k + 9),
+            of(gates * 3, seed=k),
+            of(gates * 3, seed=k + 9),
+        ]
+        weights += own if bias else own[:2]
+    given = [of(layers * directions, 2, 3, seed=k) for k in range(states)]
+    x = of(2, 4, 5) if batch_first else of(4, 2, 5)
+    hx = tuple(given) if states > 1 else given[0]
+    flags = bias, layers, 0.0, True, directions == 2, batch_first
+    name = f"{layers} layers, {directions} directions{', no bias' * (not bias)}{', batch first' * batch_first}"
+    return case(function, x, hx, [0.3 * weight for weight in weights], *flags, name=name, dtypes=(torch.float32,))
+
+
+CASES = [
+    *[_layer(kind) for kind in _KINDS],
+    *[_layer(kind, batch_first=True) for kind in _KINDS],
+    *[_layer(kind, layers=2, directions=2) for kind in _KINDS],
+    *[_layer(kind, directions=2, bias=False) for kind in _KINDS],
+    _layer("lstm", layers=2, directions=2, bias=False, batch_first=True),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rule(case: RuleCase) -> None:
+    case.check()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_members_apart(layers: int, directions: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN's kernel has float32 alone, and no second derivative."""
+    monkeypatch.setattr(recurrent, "is_faster_apart", lambda x, *_: x.dtype == torch.float32)
+    _layer("lstm", layers, directions, bias, batch_first=layers == 2).check()
+
+
+def test_the_sizes_that_run_apart() -> None:
+    def apart(size: int, batch: int, hidden: int, dtype: torch.dtype = torch.float32) -> bool:
+        return is_faster_apart(torch.empty(size, 1, dtype=dtype), batch, hidden)
+
+    assert apart(2, 32, 32) and apart(4, 32, 32) and apart(8, 64, 64)
+    assert not apart(16, 32, 32) and not apart(16, 8, 32) and not apart(3, 4, 5)
+    assert not apart(2, 64, 64, torch.float64)
+
+
+def test_a_tensor_transposed_in_place() -> None:
+    """What torch's own batch-first layers do by single operations."""
+    check(lambda x: (x * 2).transpose_(0, 1), numbers(3, 2, 4))
