@@ -143,8 +143,10 @@ def test_shared_parameters_stay_whole() -> None:
     assert torch.equal(trunk.detach(), shared.detach()) and trunk is not shared and trunk._memberwise_shared
     assert torch.equal(rows.detach(), own_.detach()[[2, 0]])
     assert torch.equal(new.state[trunk]["momentum_buffer"], torch.ones(4))
+    before = shared.detach().clone()
     trunk.grad, rows.grad = torch.ones(4), torch.ones(2)
     new.step()
+    assert torch.equal(shared.detach(), before) and not torch.equal(trunk.detach(), before)
     assert new.state[trunk]["step"].item() == 2 and optimizer.state[shared]["step"].item() == 1
 
 

@@ -367,6 +367,32 @@ def test_members_that_have_taken_different_numbers_of_steps(fused: bool | None) 
     assert_equal(stacked.detach(), torch.stack([p.detach() for p in alone]))
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_steps_in_inference_mode(name: str) -> None:
+    kind, lone, hyper = KINDS[name]
+    params = leaves(starts())
+    optimizer = kind(list(params.values()), **hyper)
+    for step in range(4):
+        optimizer.zero_grad()
+        backward_together(params, step)
+        with torch.inference_mode(step % 2 == 0):
+            optimizer.param_groups[0]["lr"] = hyper["lr"]
+            optimizer.param_groups[0]["weight_decay"] = torch.tensor(hyper["weight_decay"], dtype=torch.float64)
+            optimizer.step()
+    check({k: v.detach() for k, v in params.items()}, run_alone(lone, hyper, 4))
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("name", KINDS)
+def test_parameters_without_elements(name: str, fused: bool | None) -> None:
+    kind, _, hyper = KINDS[name]
+    empty, full = torch.zeros(5, 0, 3, requires_grad=True), torch.zeros(5, 2, requires_grad=True)
+    optimizer = kind([empty, full], **hyper, fused=fused)
+    empty.grad, full.grad = torch.zeros_like(empty), torch.ones_like(full)
+    optimizer.step()
+    assert empty.shape == (5, 0, 3) and full.detach()[[0, 1, 2, 4]].all()
+
+
 # -- shared parameters
 
 

@@ -148,6 +148,24 @@ def test_eager_and_recorded_steps_may_take_turns(name: str) -> None:
         assert_equal(params[key].detach(), others[key].detach(), key)
 
 
+def test_counts_written_behind_the_optimizers_back_are_read_again() -> None:
+    """A captured step may count members apart; `.data`, as compiled kernels, leaves the version as it is."""
+    stacked = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
+    alone = [torch.zeros(4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    optimizer, loops = optim.Adam([stacked], lr=0.1), [torch.optim.Adam([p], lr=0.1) for p in alone]
+    for step in range(4):
+        if step == 2:
+            optimizer.state[stacked]["step"].data[1] = 7
+            loops[1].state[alone[1]]["step"].fill_(7)
+            optimizer.sync_hyperparameters()
+        stacked.grad = torch.full((3, 4), 1.0 + step, dtype=torch.float64)
+        for parameter in alone:
+            parameter.grad = stacked.grad[0].clone()
+        for each in (optimizer, *loops):
+            each.step()
+    assert_equal(stacked.detach(), torch.stack([p.detach() for p in alone]))
+
+
 def test_hyperparameter_tensors_follow_the_groups() -> None:
     optimizer = optim.AdamW([torch.zeros(3, 2, requires_grad=True)], lr=0.1, betas=([0.5, 0.6, 0.7], 0.9))
     tensors = optimizer.capture_state()

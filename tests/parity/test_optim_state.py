@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -222,6 +223,23 @@ def test_a_step_without_any_gradient_changes_nothing() -> None:
     optimizer.step()
     assert weight.detach().unique().tolist() == [1.0]
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_are_not_held_after_a_step(name: str, dtype: torch.dtype) -> None:
+    """Views of parameters are kept from step to step; of what is new at each step they must not be."""
+    weight = torch.zeros(5, 4, dtype=dtype, requires_grad=True)
+    optimizer = KINDS[name][0]([weight], **KINDS[name][2])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    kept = len(optimizer._views)
+    for _ in range(3):
+        weight.grad = torch.ones_like(weight)
+        held = weakref.ref(weight.grad.untyped_storage())
+        optimizer.step()
+        weight.grad = None
+        assert held() is None and len(optimizer._views) == kept
 
 
 def test_state_that_was_cleared_starts_over() -> None:

@@ -6,7 +6,8 @@ much again as the kernel (MLP 32-64-64-10, M = 4: 60 us through them, 33 us here
 are documented, but carry an underscore.
 """
 
-# pyright: reportPrivateImportUsage=false  # that is what this file is for
+# The names without a public home are what this file is for.
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 from collections.abc import Callable

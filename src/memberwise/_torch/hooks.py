@@ -4,7 +4,8 @@ Missing public way: hooks are registered one by one, and cannot be listed. Calli
 what torch wraps around every `step()`; that costs 18 us, as much as the fused kernel for six small parameters.
 """
 
-# pyright: reportPrivateImportUsage=false  # that is what this file is for
+# The names without a public home are what this file is for.
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 import torch

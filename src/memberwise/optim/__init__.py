@@ -1,4 +1,9 @@
-"""Member-wise optimizers and clipping, for tensors with a leading member axis M."""
+"""Member-wise optimizers and clipping, for tensors with a leading member axis M.
+
+torch's schedulers drive them; with one rate a member, each member as a scheduler of its own would. That holds for all
+but `ReduceLROnPlateau`, which decides by one number for all. A factor of `LambdaLR` may be an (M,) tensor itself: a
+schedule a member.
+"""
 
 from memberwise.optim.adam import Adam, AdamW
 from memberwise.optim.clip import clip_grad_norm_

@@ -139,6 +139,7 @@ class Group(dict[str, Any]):
         if self._stale or self._versions != [value._version for value in self._watched]:
             self._refresh()
 
+    @torch.inference_mode(False)  # tensors made in inference mode could not be refreshed outside
     def materialise(self, device: torch.device) -> list[torch.Tensor]:
         """The hyperparameters as (M,) tensors: made once, the same objects at every later call."""
         if not self.tensors or next(iter(self.tensors.values())).device != device:
@@ -158,8 +159,9 @@ class Group(dict[str, Any]):
         ragged = tuple(count - counts[0] for count in counts) if len(counts) > 1 else ()
         if ragged not in self._splits:
             values = {name: column.read(self) for name, column in self.columns.items()}
-            listed = {name: numbers(value, self.members or 1) for name, value in values.items()}
-            new = split(listed, ragged)
+            differ = ragged or any(isinstance(value, MemberValues) and value.ndim for value in values.values())
+            rows = self.members if differ and self.members else 1
+            new = split({name: numbers(value, rows) for name, value in values.items()}, ragged)
             self._layout = self._layout if self._layout == new.layout else new.layout
             self._splits[ragged] = new._replace(layout=self._layout)
         return self._splits[ragged]

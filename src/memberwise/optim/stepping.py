@@ -228,6 +228,7 @@ def _can_fuse(row: Row) -> bool:
     )
 
 
+@torch.inference_mode(False)  # what is made in inference mode cannot be updated outside
 def begin(state: dict[str, Any], param: torch.Tensor, kept: tuple[str, ...]) -> None:
     """Make what is kept for a parameter, where it is not there yet: zeros, which change no result."""
     for name in kept:
