@@ -149,6 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     console = Console()
     run.print_cells(summary.overhead(document), console)
+    console.print(summary.origin(document), highlight=False, soft_wrap=True)
     run.write(document, options.out)
     console.print(f"written: {os.path.relpath(options.out)}")
 

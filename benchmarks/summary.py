@@ -64,14 +64,21 @@ def notes(document: dict[str, Any]) -> list[str]:
 
 def origin(document: dict[str, Any]) -> str:
     """What was measured, where and when, in one paragraph."""
-    machine, versions, settings = document["machine"], document["versions"], document["settings"]
-    return (
-        f"Milliseconds a step of all members (zero_grad, forward, backward, Adam): the median of at most "
-        f"{settings['rounds']} interleaved rounds. A column is the fastest of its family's rivals in that row. "
-        f"Times as fast: medians over neighbouring rounds, with their 95% interval; above 1 Memberwise is ahead. "
-        f"{machine['processor']}, {machine['cores']} cores, torch {versions['torch']}, "
-        f"commit {versions['commit']}, {document['date']}."
-    )
+    machine, versions = document["machine"], document["versions"]
+    what = _OVERHEAD if document["kind"] == "overhead" else _TABLE.format(document["settings"]["rounds"])
+    where = f"{machine['processor']}, {machine['cores']} cores, torch {versions['torch']}"
+    return f"{what} {where}, commit {versions['commit']}, {document['date']}."
+
+
+_TABLE = (
+    "Milliseconds a step of all members (zero_grad, forward, backward, Adam): the median of at most {} interleaved "
+    "rounds. A column is the fastest of its family's rivals in that row. Times as fast: medians over neighbouring "
+    "rounds, with their 95% interval; above 1 Memberwise is ahead."
+)
+_OVERHEAD = (
+    "Microseconds an operation on 8 x 8 tensors, four members, in a chain inside one call, one thread: what Python "
+    "costs. Plain torch runs one member."
+)
 
 
 def fastest(row: Row, families: tuple[str, ...]) -> Figure | None:
