@@ -1,10 +1,14 @@
 """Memberwise: train and run many PyTorch models as one."""
 
-from memberwise import engine, rules
+from memberwise import engine, optim, rules, testing
+from memberwise.capture import compile
 from memberwise.construction import build, stack
 from memberwise.engine.boundary import vmap
+from memberwise.errors import MemberwiseError, StackWarning
 from memberwise.functional import functional_call
+from memberwise.members import select
 from memberwise.module import Stack
+from memberwise.optim import clip_grad_norm_
 from memberwise.parity import verify
 from memberwise.report import explain
 from memberwise.rules.registry import register_rule
@@ -12,16 +16,23 @@ from memberwise.state import stack_module_state, unstack_module_state
 from memberwise.trees import each
 
 __all__ = [
+    "MemberwiseError",
     "Stack",
+    "StackWarning",
     "build",
+    "clip_grad_norm_",
+    "compile",
     "each",
     "engine",
     "explain",
     "functional_call",
+    "optim",
     "register_rule",
     "rules",
+    "select",
     "stack",
     "stack_module_state",
+    "testing",
     "unstack_module_state",
     "verify",
     "vmap",

@@ -55,7 +55,15 @@ CODES: dict[str, str] = {
 
 
 class MemberwiseError(Exception):
-    """Base of all errors of Memberwise; `code` is stable across releases."""
+    """Base of all errors of Memberwise; `code` is stable across releases.
+
+    >>> import memberwise
+    >>> try:
+    ...     memberwise.stack([])
+    ... except memberwise.MemberwiseError as error:
+    ...     error.code
+    'MW101'
+    """
 
     code: str = ""
 
@@ -91,7 +99,12 @@ class EngineError(MemberwiseError, RuntimeError):
 
 
 class StackWarning(UserWarning):
-    """Something about a stack that is legal, and that its owner should know."""
+    """Something about a stack that is legal, and that its owner should know.
+
+    >>> import warnings
+    >>> warnings.simplefilter("error", StackWarning)  # a slow path becomes an error
+    >>> warnings.simplefilter("default", StackWarning)
+    """
 
 
 def text(code: str, what: str, *, do: str = "") -> str:

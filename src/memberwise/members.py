@@ -209,7 +209,7 @@ def _rebuilt(part: Any, children: list[tuple[Any, Any]]) -> Any:
     """A container of the kind of `part` with other contents."""
     if isinstance(part, tuple):
         values = [value for _, value in children]
-        return part._make(values) if hasattr(part, "_make") else type(part)(values)  # type: ignore[attr-defined]
+        return part._make(values) if hasattr(part, "_make") else type(part)(values)  # type: ignore[attr-defined] # a namedtuple has _make
     new = copy.copy(part)
     for name, value in children:
         object.__setattr__(new, name, value) if _has_attributes(part) else operator.setitem(new, name, value)

@@ -184,3 +184,21 @@ def test_a_shortened_backward_is_still_the_backward() -> None:
     assert grad.tolist() == [2.0, 6.0]
     (second,) = torch.autograd.grad(grad.sum(), x)
     assert second.tolist() == [2.0, 2.0]
+
+
+def test_packing_is_found_where_its_override_is_given() -> None:
+    """Breaks: packed sequences inside a call, which are gathered by a function of ours in its place."""
+    from memberwise._torch.packing import pack_padded_sequence
+
+    steps, sizes = pack_padded_sequence(torch.arange(6).view(3, 2), torch.tensor([3, 1]), False)
+    assert (steps.tolist(), sizes.tolist()) == ([0, 1, 2, 4], [2, 1, 1])
+    seen = []
+
+    class Overriding(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    torch.nn.utils.rnn.pack_padded_sequence(torch.ones(3, 2).as_subclass(Overriding), torch.tensor([3, 1]))
+    assert pack_padded_sequence in seen

@@ -222,7 +222,7 @@ def test_shared_parameters_are_recorded_too() -> None:
         return [shared, own], optim.AdamW([shared, own], lr=0.1)
 
     (params, optimizer), (others, eager) = make(), make()
-    replay, _ = record(dict(enumerate(params)), optimizer)  # type: ignore[arg-type]
+    replay, _ = record(dict(enumerate(params)), optimizer)  # type: ignore[arg-type] # tensors under any keys
     for _ in range(3):
         replay()
         eager.step()

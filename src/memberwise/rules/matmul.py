@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from memberwise.engine.signals import Decline
 from memberwise.rules.axis import expanded, lift
 from memberwise.rules.registry import LONE_CONTIGUOUS, register_rule
 
@@ -50,6 +51,11 @@ def batched_plus(
     return torch.baddbmm(bias, a, b, beta=beta, alpha=alpha)
 
 
+def _sparse(*factors: torch.Tensor) -> Decline | None:
+    """A shared sparse factor meets each member's dense one by itself."""
+    return None if all(factor.layout is torch.strided for factor in factors) else Decline("a factor is sparse")
+
+
 def product(a: torch.Tensor, a_dim: Any, b: torch.Tensor, b_dim: Any) -> torch.Tensor:
     """`(M, n, p)` of `(M, n, k)` or `(n, k)` times `(M, k, p)` or `(k, p)`, of which one is stacked."""
     if b_dim is None:  # one shared right side: the members' rows one above the other
@@ -60,7 +66,7 @@ def product(a: torch.Tensor, a_dim: Any, b: torch.Tensor, b_dim: Any) -> torch.T
 @register_rule(_aten.mm.default)
 def mm(info: Any, in_dims: Any, a: torch.Tensor, b: torch.Tensor) -> Any:
     """torch's batching does the same, at 40 us more, and never turns a narrow product around."""
-    return product(a, in_dims[0], b, in_dims[1]), 0
+    return _sparse(a, b) or (product(a, in_dims[0], b, in_dims[1]), 0)
 
 
 @register_rule(_aten.bmm.default)
@@ -84,6 +90,8 @@ def addmm(
     alpha: Any = 1,
 ) -> Any:
     """torch's batching splits it into a product and an addition; baddbmm does both in one pass."""
+    if _sparse(bias, a, b) is not None:
+        return _sparse(bias, a, b)
     bias_dim, a_dim, b_dim = in_dims
     size = info.batch_size
     held = lift(bias, 2) if bias_dim == 0 else bias

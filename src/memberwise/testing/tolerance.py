@@ -25,6 +25,9 @@ def tolerance(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def assert_equal(stacked: torch.Tensor, alone: torch.Tensor, what: str = "tensor") -> None:
-    """Raise AssertionError unless both have one shape and dtype, and values within the table's tolerance."""
+    """Raise AssertionError unless both have one shape and dtype, and values within the table's tolerance.
+
+    >>> assert_equal(torch.ones(3), torch.ones(3) + 1e-7)
+    """
     rtol, atol = tolerance(alone.dtype)
     torch.testing.assert_close(stacked, alone, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text: f"{what}: {text}")
