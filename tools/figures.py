@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,11 @@ def ratios(document: dict[str, Any]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in bold)
 
 
-def fill(page: Path, texts: dict[str, str]) -> None:
-    """Write the page with each text at its mark."""
+def fill(page: Path, texts: Mapping[str, Any]) -> None:
+    """Write the page with each text, if there is one, at its mark."""
     text = page.read_text()
     for mark, given in texts.items():
-        text = between(text, mark, given)
+        text = between(text, mark, given) if given else text
     page.write_text(text)
 
 
@@ -90,11 +91,9 @@ def main() -> None:
     if (fresh := ROOT / "demo-output" / "digits.json").exists():
         shutil.copy(fresh, RESULTS / "digits.json")
     found, table, overhead = read("digits.json"), read("table.json"), read("overhead.json")
-    fill(
-        ROOT / "README.md", {**({"demo": demo(found)} if found else {}), **({"table": ratios(table)} if table else {})}
-    )
-    texts = {"benchmarks": table and render.markdown(table), "overhead": overhead and render.markdown(overhead)}
-    fill(ROOT / "docs" / "benchmarks.md", {mark: text for mark, text in texts.items() if text})
+    fill(ROOT / "README.md", {"demo": found and demo(found), "table": table and ratios(table)})
+    whole = {"benchmarks": table and render.markdown(table), "overhead": overhead and render.markdown(overhead)}
+    fill(ROOT / "docs" / "benchmarks.md", whole)
 
 
 if __name__ == "__main__":
