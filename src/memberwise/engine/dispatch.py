@@ -68,23 +68,24 @@ def _quick(op: Operation, args: Any, region: Region | None) -> Any:
     out = op.rule(region, dims, *values)
     if type(out) is Decline:
         return None
-    return _wrap(*out, op, region, source if op.is_view else None)
+    return _wrap(*out, region, source if op.is_view else None, op.lone_contiguous)
 
 
 _SCALARS = frozenset((int, float, bool, type(None), torch.dtype))
 
 
-def _wrap(out: Any, dims: Any, op: Operation, region: Region, source: Any, differs: bool = False) -> Any:
-    """Results as member tensors: views of `source`, or new; `differs` says that an argument's order did."""
+def _wrap(out: Any, dims: Any, region: Region, source: Any, differs: bool) -> Any:
+    """Results as member tensors: views of `source`, or new; `differs` says that the lone result is contiguous, and a
+    member's part of this one may not be."""
     if isinstance(out, torch.Tensor):
         if source is not None:
             return wrap_view(out, source)
         if dims == 0:
-            return wrap_contiguous(out, region) if differs or op.lone_contiguous else wrap(out, region)
+            return wrap_contiguous(out, region) if differs else wrap(out, region)
         return wrap_unbatched(out, region)
     if isinstance(out, list | tuple):
         each = dims if isinstance(dims, list | tuple) else [dims] * len(out)
-        return type(out)([_wrap(one, at, op, region, source, differs) for one, at in zip(out, each, strict=True)])
+        return type(out)([_wrap(one, at, region, source, differs) for one, at in zip(out, each, strict=True)])
     return out
 
 
@@ -212,10 +213,9 @@ class Call:
             self._count_writes()
         if op.returned:
             return self._give_back()
-        if path != "rule":
-            self.differs = False  # brought into the lone result's order already
+        differs = path == "rule" and (self.differs or op.lone_contiguous)  # else brought into the lone order already
         source = self.args[0] if op.is_view and type(self.args[0]) is self.tensor_class else None
-        return _wrap(out, dims, op, region, source, self.differs)
+        return _wrap(out, dims, region, source, differs)
 
     def _wrap_plain(self, op: Operation) -> Any:
         """What is computed from outer tensors alone, and needs a gradient, has the lone graph and stays plain."""

@@ -20,44 +20,38 @@ def descend(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) 
     """`(out, out_dims, path)` of one operation with at least one stacked argument, or drawn apart."""
     record = trace.active
     start = trace.clock() if record is not None else 0.0
-    path, reason = "rule", ""
+    path, reason, apart = "rule", "", False
     found = None
     if op.rule is not None:
         found = op.rule(region, dims, *values, **kwargs)
         if type(found) is Decline:
-            reason, found = found.reason, None
+            reason, apart, found = found.reason, found.by_member, None
     if found is None and op.is_random and draws.draws(op, values, kwargs):
         found = draws.draw(op, region, values, dims, kwargs)
         path = "rule"
     if found is None:
-        found, path, reason = _without_rule(op, region, values, dims, kwargs, reason)
+        found, path, reason = _without_rule(op, region, values, dims, kwargs, reason, apart)
     if record is not None:
         record.note(op.name, path, reason, trace.clock() - start)
     return *found, path
 
 
 def _without_rule(
-    op: Operation, region: Region, values: Any, dims: Any, kwargs: Any, reason: str
+    op: Operation, region: Region, values: Any, dims: Any, kwargs: Any, reason: str, apart: bool
 ) -> tuple[Any, str, str]:
     if torch.Tag.dynamic_output_shape in op.func.tags:
-        return (
-            by_member(op, region, values, dims, kwargs),
-            "loop",
-            "the shape of its result depends on values",
-        )
-    try:
-        out = batch(op.func, dims, values, kwargs, region.batch_size, region.randomness)
-        if not op.is_view and not op.returned:
-            out = _as_alone(op, out, values, dims, kwargs)
-        return (out, 0), "vmap", reason
-    except Unbatchable:
-        why = reason or "torch has no batching rule for it"
-        trace.warn_slow(
-            "MW206",
-            f"{op.name} ran member by member: {why}",
-            "Register a rule for it with memberwise.register_rule",
-        )
-        return by_member(op, region, values, dims, kwargs), "loop", why
+        reason, apart = "the shape of its result depends on values", True
+    if not apart:
+        try:
+            out = batch(op.func, dims, values, kwargs, region.batch_size, region.randomness)
+            if not op.is_view and not op.returned:
+                out = _as_alone(op, out, values, dims, kwargs)
+            return (out, 0), "vmap", reason
+        except Unbatchable:
+            reason = reason or "torch has no batching rule for it"
+            what = f"{op.name} ran member by member: {reason}"
+            trace.warn_slow("MW206", what, "Register a rule for it with memberwise.register_rule")
+    return by_member(op, region, values, dims, kwargs), "loop", reason
 
 
 def _as_alone(op: Operation, out: Any, values: Any, dims: Any, kwargs: Any) -> Any:

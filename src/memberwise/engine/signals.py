@@ -24,9 +24,13 @@ def part_ways(region: Any, what: str) -> NoReturn:
 
 
 class Decline:
-    """A rule's answer that it does not serve this call; `explain()` prints the reason as it is."""
+    """A rule's answer that it does not serve this call; `explain()` prints the reason as it is.
 
-    __slots__ = ("reason",)
+    `by_member` says that torch's batching would not serve it either.
+    """
 
-    def __init__(self, reason: str) -> None:
+    __slots__ = ("by_member", "reason")
+
+    def __init__(self, reason: str, *, by_member: bool = False) -> None:
         self.reason = reason
+        self.by_member = by_member

@@ -19,7 +19,9 @@ _backward = torch.ops.aten.threshold_backward.default
 
 
 def _signature(input: torch.Tensor, inplace: bool = False) -> Any:  # F.relu's own names
-    return Decline("in place") if inplace else (input,)
+    if inplace or not input.is_contiguous():
+        return Decline("in place" if inplace else "the result keeps an order that is not contiguous")
+    return (input,)
 
 
 @composite(torch.relu, F.relu, torch.Tensor.relu, signature=_signature)

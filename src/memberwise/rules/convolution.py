@@ -23,7 +23,7 @@ from memberwise.rules.folding import (
 from memberwise.rules.registry import LONE_CONTIGUOUS, register_rule
 
 _aten = torch.ops.aten
-_LAST = Decline("memory in channels_last order")
+_LAST = Decline("memory in channels_last order", by_member=True)
 
 LONE_CONTIGUOUS.update({_aten.convolution.default, _aten.convolution_backward.default})
 
