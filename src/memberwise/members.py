@@ -39,10 +39,10 @@ def select(state: T, indices: Iterable[int] | torch.Tensor | slice) -> T:
 
     `state` is any nesting of dicts, lists, tuples and dataclasses that hold stacks, member-wise optimizers,
     torch's schedulers of these, tensors of shape (M, ...), lists of M generators, and objects with a
-    `__select_members__`. The optimizer of the answer steps the parameters of the answer's stack, and nothing in
-    the answer shares storage or a random stream with `state`. Leaves stay leaves, with their `.grad`; a tensor
-    with a history keeps it. Numbers, strings, functions, 0-d tensors and single generators belong to no member
-    and are passed on as they are (so hold one number a member in a tensor, not in a list).
+    `__select_members__`. The optimizer of the answer steps the parameters of the answer's stack; what has members
+    shares no storage and no random stream with the old. Leaves stay leaves, with their `.grad`; a tensor with a history
+    keeps it. Numbers, strings, functions, 0-d tensors and single generators belong to no member and are passed on as
+    they are (so hold one number a member in a tensor, not in a list).
 
     `indices` are ints (negative ones count from the end), one bool a member, or a slice. Members named twice
     become clones of each other, random streams included.
@@ -100,7 +100,10 @@ def positions(indices: Iterable[int] | torch.Tensor | slice, members: int) -> to
     """
     if isinstance(indices, slice):
         indices = range(members)[indices]
-    chosen = torch.as_tensor(indices if isinstance(indices, torch.Tensor) else list(indices)).cpu()
+    try:
+        chosen = torch.as_tensor(indices if isinstance(indices, torch.Tensor) else list(indices)).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        chosen = torch.zeros((), dtype=torch.bool)
     if not chosen.numel():
         fail(ArgumentError, "MW410", "indices: expected at least one member, found none")
     if chosen.dtype == torch.bool and chosen.shape == (members,):

@@ -275,6 +275,9 @@ def test_what_indices_may_be(indices: Any, expected: list[int]) -> None:
         ([0.5], "expected ints, or 4 bools"),
         ([[0, 1]], "expected ints, or 4 bools"),
         (torch.tensor(2), "expected ints, or 4 bools"),
+        (2, "expected ints, or 4 bools, found 2"),
+        (["a"], "expected ints, or 4 bools"),
+        (None, "expected ints, or 4 bools, found None"),
     ],
 )
 def test_indices_that_name_no_member(indices: Any, message: str) -> None:
