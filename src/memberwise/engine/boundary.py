@@ -15,8 +15,8 @@ from memberwise._torch.dynamo import uncompiled
 from memberwise._torch.functions import enter_functions, leave_functions
 from memberwise.engine import again, retreat
 from memberwise.engine.ambient import Region
-from memberwise.engine.closures import function_arguments
 from memberwise.engine.arguments import Arguments, mapped
+from memberwise.engine.closures import function_arguments
 from memberwise.engine.outputs import bad, check_out_dims, outputs
 from memberwise.engine.parting import in_parts, parts
 from memberwise.engine.signals import Retreat
