@@ -20,7 +20,13 @@ from torch.autograd.function import BackwardCFunction
 _lock = threading.Lock()
 _depth = 0
 _original: Any = Function.__dict__["apply"]
-_around: Callable[[], Callable[[], AbstractContextManager[Any]] | None] = lambda: None
+
+
+def _nowhere() -> None:
+    """No region runs."""
+
+
+_around: Callable[[], Callable[[], AbstractContextManager[Any]] | None] = _nowhere
 _prepare: Callable[[Any], Any] = tuple
 
 

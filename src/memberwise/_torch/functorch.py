@@ -47,7 +47,10 @@ def batch(
     size: int,
     randomness: str,
 ) -> Any:
-    """Run `func` once for all members by torch's batching rule; `dims` holds 0 or None (lists for lists); every tensor result batched at 0."""
+    """Run `func` once for all members by torch's batching rule; every tensor result is batched at 0.
+
+    `dims` holds 0 or None for each argument, and lists of them for lists.
+    """
     lazy_load_decompositions()
     with _restored_keys():
         was_enabled = _functorch._is_vmap_fallback_enabled()
