@@ -19,7 +19,14 @@ CASES = [
     case(_aten.select_backward.default, of(), [3], 0, 1, name="of numbers"),
     case(_aten.slice_backward.default, of(3, 2), [3, 4], 1, 1, 3, 1),
     case(_aten.masked_fill.Tensor, of(3, 4), of(3, 4) > 0, of(), declines=True),
+    case(_aten.masked_fill_.Tensor, of(3, 4), of(3, 4) > 0, of(), state=(0,), stacked=[(0, 1, 2), (0, 2), (0,)]),
     case(_aten.index_fill.int_Tensor, of(3, 4), 1, torch.tensor([0, 2]), of()),
+    case(
+        _aten.index_fill_.int_Tensor,
+        *(of(3, 4), 1, torch.tensor([0, 2]), of()),
+        state=(0,),
+        stacked=[(0, 2, 3), (0, 2), (0, 3), (0,)],
+    ),
 ]
 
 

@@ -96,7 +96,14 @@ CASES = [
     case(F.cross_entropy, of(3), torch.tensor(1), positive(3), name="one sample", state=(2,), label_smoothing=0.2),
     case(F.cross_entropy, of(9, 9), whole(9, 9), name="as many classes as samples"),
     *[
-        case(F.mse_loss, of(4, 3), of(4, 3, seed=3), name=reduction, batch_dims=(0, 0), reduction=reduction)
+        case(
+            F.mse_loss,
+            *(of(4, 3), of(4, 3, seed=3)),
+            name=reduction,
+            declines=reduction == "none",
+            batch_dims=(0, 0),
+            reduction=reduction,
+        )
         for reduction in ("none", "mean", "sum")
     ],
     case(F.mse_loss, of(), of(), name="one number"),

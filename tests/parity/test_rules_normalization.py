@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
+from tests.parity.loops import check, numbers
 from tests.parity.rule_case import RuleCase, case, of, positive
 
 _aten = torch.ops.aten
@@ -52,6 +55,85 @@ CASES = [
 ]
 
 
+_OWN_STATS = {"state": (1, 2), "stacked": [(0, 1, 2, 3, 4), (0, 1, 2), (1, 2, 3), (0, 1, 2, 3)]}
+
+CASES += [
+    case(F.layer_norm, _rows, [4], of(4), of(4), batch_dims=(0, None, None, None)),
+    case(F.layer_norm, _rows, [3, 4], of(3, 4), name="two dimensions"),
+    case(F.layer_norm, _rows, [4], name="no weight"),
+    case(F.layer_norm, of(2, 4), [4], None, of(4), name="bias alone"),
+    case(F.layer_norm, of(4), [4], of(4), of(4), 0.1, name="one row"),
+    case(F.batch_norm, _images, of(3), positive(3), of(3), of(3), True, **_OWN_STATS),
+    case(F.batch_norm, of(4, 3), of(3), positive(3), of(3), of(3), False, name="eval", **_OWN_STATS),
+    case(F.batch_norm, _images, None, None, of(3), of(3), True, name="no statistics"),
+    case(F.batch_norm, _images, None, None, None, None, True, name="no weight"),
+    case(
+        F.batch_norm,
+        *(of(4, 3), of(3), positive(3), of(3), None, True, 0.3, 0.1),
+        name="options",
+        state=(1, 2),
+        stacked=[(0, 1, 2, 3), (0, 1, 2)],
+    ),
+    case(
+        F.batch_norm,
+        *(of(4, 3), of(3), positive(3), of(3), of(3), False),
+        name="batch",
+        declines=True,
+        batch_dims=(0, *(None,) * 5),
+        **_OWN_STATS,
+    ),
+]
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_rule(case: RuleCase) -> None:
     case.check()
+
+
+@pytest.mark.usefixtures("composites")
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_over_several_calls(momentum: float | None) -> None:
+    """With momentum None the module reads its count of batches on the host: equal in all members."""
+
+    def three_batches(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        norm = nn.BatchNorm1d(4, momentum=momentum, dtype=torch.float64)
+        for step in range(3):
+            out = norm(x + step)
+        assert norm.running_mean is not None and norm.running_var is not None
+        return out, norm.running_mean, norm.running_var, norm.num_batches_tracked
+
+    check(three_batches, numbers(3, 5, 4))
+
+
+@pytest.mark.usefixtures("composites")
+def test_a_batch_of_one_is_refused_in_training() -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        check(lambda x: F.batch_norm(x, None, None, training=True), numbers(3, 1, 4))
+
+
+@pytest.mark.usefixtures("composites")
+def test_statistics_are_as_before_after_a_retreat() -> None:
+    """The first run writes them, and is undone."""
+
+    def parted(x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+        out = F.batch_norm(x, mean, var, training=True)
+        return out * 2 if x.sum() > 0 else out
+
+    x = numbers(2, 5, 4).detach().abs() * torch.tensor([1.0, -1.0]).view(2, 1, 1)
+    check(parted, x.requires_grad_(), numbers(2, 4, grad=False), numbers(2, 4, grad=False).abs())
+
+
+@pytest.mark.usefixtures("composites")
+def test_statistics_of_all_members_in_one_buffer() -> None:
+    """Each member writes its own in a loop, one after the other: so they run."""
+    mean, var = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    check(lambda x, m, v: F.batch_norm(x, m, v, training=True), numbers(2, 5, 4), mean, var, in_dims=(0, None, None))
+
+
+def test_double_backward_writes_no_statistics_again() -> None:
+    def penalised(x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+        out = F.batch_norm(x, mean, var, training=True).square().sum(0)[0]
+        (grad,) = torch.autograd.grad(out, x, create_graph=True)
+        return grad.square().sum()
+
+    check(penalised, numbers(3, 5, 4), numbers(3, 4, grad=False), numbers(3, 4, grad=False).abs())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
 
 import pytest
 import torch
-from torch import nn
 
+from memberwise.engine import trace
 from memberwise.rules import recurrent
 from memberwise.rules.directions import is_faster_apart
+from memberwise.rules.registry import composites_disabled
 from tests.parity.loops import check, numbers
 from tests.parity.rule_case import RuleCase, case, of
 
@@ -49,6 +50,32 @@ CASES = [
     *[_layer(kind, directions=2, bias=False) for kind in _KINDS],
     _layer("lstm", layers=2, directions=2, bias=False, batch_first=True),
 ]
+
+ALONE = {
+    torch.ops.aten.mkldnn_rnn_layer.default: "one of its results is scratch memory",
+    torch.ops.aten.mkldnn_rnn_layer_backward.default: "one of its arguments is scratch memory",
+}
+"""Rules that are tested by hand, and why."""
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_one_kernel_call_a_member(directions: int, grad: bool) -> None:
+    """With composite rules off: torch's LSTM kernel has no batching rule, and no warning is due."""
+    size, width = 3, 3 * directions
+    shapes = [(12, 5), (12, 3), (12,), (12,)] * directions
+    weights = [numbers(size, *shape, seed=k, dtype=torch.float32, grad=grad) for k, shape in enumerate(shapes)]
+    x, start = numbers(size, 4, 2, 5, dtype=torch.float32, grad=grad), torch.zeros(directions, 2, 3)
+
+    def layer(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        out, hidden, cell = torch.lstm(x, (start, start), weights, True, 1, 0.0, True, directions == 2, False)
+        assert out.shape == (4, 2, width)
+        return torch.cat([out.flatten(), hidden.flatten(), cell.flatten()])
+
+    with composites_disabled(), trace.recording() as record, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(layer, x, *weights, gradients=grad)
+    assert {entry.path for entry in record.entries.values() if "mkldnn" in entry.op} == {"rule"}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -7,7 +7,6 @@ pointwise loss it is the same as here, at about 40 us more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -185,6 +184,8 @@ def _mse_signature(
         return Decline("a weight, or a deprecated argument")
     if input.shape != target.shape or input.dtype != target.dtype:
         return Decline("input and target of other shape or type, of which torch warns")
+    if reduction == "none" and not (input.is_contiguous() and target.is_contiguous()):
+        return Decline("the result keeps an order that is not contiguous")
     return input, target, REDUCTIONS[reduction]
 
 

@@ -140,7 +140,7 @@ def _batch_norm_rule(call: Any) -> Any:
     return rule
 
 
-for _op in (_aten.native_batch_norm.default, _aten._native_batch_norm_legit.default, _aten.cudnn_batch_norm.default):
+for _op in (_aten.native_batch_norm.default, _aten._native_batch_norm_legit.default):
     register_rule(_op, _batch_norm_rule(_op))
 
 
@@ -177,7 +177,6 @@ LONE_CONTIGUOUS.update(
         _aten.native_batch_norm.default,
         _aten._native_batch_norm_legit.default,
         _aten._native_batch_norm_legit.no_stats,
-        _aten.cudnn_batch_norm.default,
         _aten.native_batch_norm_backward.default,
     }
 )

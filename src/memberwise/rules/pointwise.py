@@ -6,11 +6,12 @@ torch's own batching is right for these, at about 25 us an operation more; hence
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, reduce
 from typing import Any
 
 import torch
 
-from memberwise.rules.axis import aligned
+from memberwise.rules.axis import aligned, expanded, member_ndim
 from memberwise.rules.registry import RULES, register_rule
 
 _aten = torch.ops.aten
@@ -22,10 +23,10 @@ def _words(text: str) -> list[str]:
 
 UNARY = _words("""
 abs acos acosh angle asin asinh atan atanh bitwise_not ceil celu clamp clamp_max clamp_min conj_physical cos
-cosh deg2rad digamma elu erf erfc erfinv exp exp2 expm1 fill floor frac gelu hardshrink hardsigmoid hardswish
-hardtanh i0 isfinite isinf isnan leaky_relu lgamma log log10 log1p log2 log_sigmoid_forward logical_not logit
-mish nan_to_num neg polygamma positive rad2deg reciprocal relu relu6 round rsqrt selu sgn sigmoid sign signbit
-silu sin sinc sinh softplus softshrink sqrt square tan tanh threshold trunc zeros_like ones_like full_like
+cosh deg2rad digamma elu erf erfc erfinv exp exp2 expm1 floor frac gelu hardshrink hardsigmoid hardswish
+hardtanh i0 isinf isnan leaky_relu lgamma log log10 log1p log2 log_sigmoid_forward logical_not logit
+mish nan_to_num neg polygamma rad2deg reciprocal relu round rsqrt sgn sigmoid sign signbit
+silu sin sinc sinh softplus softshrink sqrt tan tanh threshold trunc zeros_like ones_like full_like
 empty_like clone _to_copy alias_copy special_entr special_erfcx special_i0e special_i1 special_i1e
 special_log_ndtr special_ndtri real_copy imag_copy
 """)
@@ -37,19 +38,20 @@ bitwise_left_shift bitwise_right_shift rsub logaddexp logaddexp2 xlogy special_x
 threshold_backward gelu_backward silu_backward mish_backward elu_backward hardtanh_backward
 leaky_relu_backward sigmoid_backward tanh_backward softplus_backward softshrink_backward hardshrink_backward
 hardsigmoid_backward hardswish_backward logit_backward log_sigmoid_backward native_dropout_backward where
-addcmul addcdiv lerp clamp clamp_min clamp_max masked_fill polar complex igamma igammac prelu copy
-_masked_scale
+addcmul addcdiv lerp clamp clamp_min clamp_max masked_fill polar complex igamma igammac
+_prelu_kernel _prelu_kernel_backward
 """)
 
 _SKIPPED = {"copy_", "fill_"}
-_ELSEWHERE = {_aten.masked_fill.Tensor, _aten.masked_fill_.Tensor}
+_ELSEWHERE = {_aten.masked_fill.Tensor, _aten.masked_fill_.Tensor, _aten.where.default}
+"""Overloads with a rule of their own, or (`where(mask)`) that are another operation."""
 
 
 def _is_servable(overload: Any) -> bool:
-    """Plain or in-place, of tensors and scalars only; `out=` goes down the ladder."""
+    """Plain, of tensors and scalars only; `out=` and what takes numbers alone go down the ladder."""
     schema = overload._schema
     kinds = [str(arg.type) for arg in schema.arguments]
-    return not schema.is_mutable and not any("List[Tensor]" in kind for kind in kinds)
+    return not schema.is_mutable and "Tensor" in kinds and not any("List" in kind or "Dict" in kind for kind in kinds)
 
 
 def _unary(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,10 +74,35 @@ def _in_channels_last(call: Callable[..., Any], x: torch.Tensor, *args: Any, **k
 def _broadcasting(call: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> Any:
         if (len(args) > 1 and isinstance(args[1], torch.Tensor)) or len(args) > 2:
-            return call(*aligned(args, in_dims), **kwargs), 0
+            return call(*aligned(_typed_as_alone(args, in_dims), in_dims), **kwargs), 0
         return call(*args, **kwargs), 0
 
     return rule
+
+
+def _typed_as_alone(args: Any, dims: Any) -> Any:
+    """A member's number, a 0-d tensor, does not raise the type of a tensor with dimensions: float16 times a float32
+    number is float16. Stacked it has a dimension, and would; so it is brought to the lone result's type before."""
+    kinds = {arg.dtype for arg in args if isinstance(arg, torch.Tensor)}
+    if len(kinds) < 2:
+        return args
+    is_number = [
+        isinstance(arg, torch.Tensor) and not member_ndim(arg, dim) for arg, dim in zip(args, dims, strict=True)
+    ]
+    pairs = list(zip(args, is_number, strict=True))
+    kind = _result_type(tuple((arg.dtype, number) for arg, number in pairs if isinstance(arg, torch.Tensor)))
+    return [arg.to(kind) if number and arg.dtype is not torch.bool else arg for arg, number in pairs]
+
+
+@cache
+def _result_type(kinds: tuple[tuple[torch.dtype, bool], ...]) -> torch.dtype:
+    """torch's type of a result from `(type, whether a number)` of its tensors."""
+    found = [
+        reduce(torch.promote_types, own) for number in (False, True) if (own := [k for k, n in kinds if n is number])
+    ]
+    if len(found) == 1:
+        return found[0]
+    return torch.result_type(torch.empty(1, dtype=found[0]), torch.empty((), dtype=found[1]))
 
 
 def _quick(overload: Any, name: str) -> Callable[..., Any]:
@@ -118,7 +145,7 @@ def _register(names: list[str], make: Callable[[Callable[..., Any]], Callable[..
 def _in_place(overload: Any) -> bool:
     schema = overload._schema
     written = [k for k, arg in enumerate(schema.arguments) if arg.alias_info is not None]
-    return schema.name.endswith("_") and written == [0]
+    return schema.name.endswith("_") and written == [0] and str(schema.arguments[0].type) == "Tensor"
 
 
 _register(BINARY, _broadcasting)
@@ -131,11 +158,26 @@ def copy_(info: Any, in_dims: Any, target: torch.Tensor, source: torch.Tensor, n
     return target.copy_(aligned((target, source), in_dims)[1], non_blocking), 0
 
 
+@register_rule(_aten.copy.default)
+def copy(info: Any, in_dims: Any, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> Any:
+    """As `copy_`, into new memory."""
+    target = expanded(target, in_dims[0], info.batch_size)
+    return _aten.copy.default(target, aligned((target, source), (0, in_dims[1]))[1], non_blocking), 0
+
+
+@register_rule(_aten.fill.Tensor)
+def fill(info: Any, in_dims: Any, target: torch.Tensor, value: torch.Tensor) -> Any:
+    """As `fill_`, into new memory."""
+    target = expanded(target, in_dims[0], info.batch_size)
+    return torch.empty_like(target).copy_(aligned((target, value), (0, in_dims[1]))[1]), 0
+
+
 @register_rule(_aten.fill_.Tensor)
 def fill_(info: Any, in_dims: Any, target: torch.Tensor, value: torch.Tensor) -> Any:
     """A member's 0-d value fills that member's tensor."""
     return target.copy_(aligned((target, value), in_dims)[1]), 0
 
 
+register_rule(_aten.fill.Scalar, _unary(_aten.fill.Scalar))
 register_rule(_aten.fill_.Scalar, _unary(_aten.fill_.Scalar))
 register_rule(_aten.zero_.default, _unary(_aten.zero_.default))

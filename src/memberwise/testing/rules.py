@@ -251,7 +251,7 @@ def _gradients(
 ) -> list[list[torch.Tensor | None]]:
     """`[gradients]`, or these and the gradients of a fixed combination of them; None where there is none."""
     tracked = [k for k, out in enumerate(outs) if out.requires_grad]
-    wanted = [k for k, leaf in enumerate(leaves) if leaf.requires_grad]
+    wanted = [k for k, leaf in enumerate(leaves) if leaf.requires_grad and leaf.is_leaf]
     first = torch.autograd.grad(
         [outs[k] for k in tracked],
         [leaves[k] for k in wanted],
@@ -290,7 +290,7 @@ def _compare_inside(case: _Case) -> None:
     def gradients(given: list[torch.Tensor], *args: Any) -> list[torch.Tensor]:
         own = case.fresh(list(args))
         pairs = [(out, g) for out, g in zip(_tensors(case.run(*own)), given, strict=True) if out.requires_grad]
-        wanted = [leaf for leaf in _tensors(own) if leaf.requires_grad]
+        wanted = [leaf for leaf in _tensors(own) if leaf.requires_grad and leaf.is_leaf]
         outs, starts = [out for out, _ in pairs], [g for _, g in pairs]
         return list(torch.autograd.grad(outs, wanted, starts, allow_unused=True, materialize_grads=True))
 
