@@ -21,6 +21,7 @@ EXPRESSIONS = {
     "csr constructor": "torch.sparse_csr_tensor([0, 1, 2], [0, 1], own[0, :2], (2, 4)) @ own",
     "csr reduced": "torch.sparse.mm(own.detach().to_sparse_csr(), own, 'sum')",
     "closure csr reduced": "torch.sparse.mm(csr, own, 'mean')",
+    "closure csr largest": "torch.sparse.mm(csr, own, 'amax')",
     "sampled": "torch.sparse.sampled_addmm(csr, own, own).to_dense()",
     "sparse gradient": "F.embedding(torch.tensor([0, 2]), own, sparse=True)",
     "nested": "torch.nested.nested_tensor([own[0], own[1, :2]]).to_padded_tensor(0.0) * own[:2]",
