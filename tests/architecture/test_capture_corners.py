@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -123,10 +124,10 @@ def test_a_missing_compiler_is_told() -> None:
     code = "from memberwise._torch.inductor import compiler_missing; print(compiler_missing() or 'found')"
     found = {}
     for name in ("g++", "/nonexistent/c++"):
+        environment = {**os.environ, "CXX": name}
         run = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], env={"CXX": name, "PATH": "/usr/bin:/bin"},
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
         found[name] = run.stdout.strip()
     assert found["g++"] == "found"
     assert "compiler" in found["/nonexistent/c++"]
