@@ -19,8 +19,12 @@ from memberwise.engine.signals import part_ways
 
 def taken_in(cls: type, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Arguments with every tensor that needs a gradient at the level of `cls`."""
-    if not any(_is_foreign(arg, cls) for arg in args) and not (kwargs and any(map(_foreign(cls), kwargs.values()))):
-        return args, kwargs
+    for arg in args:
+        if type(arg) is not cls and _is_foreign(arg, cls):
+            break
+    else:
+        if not kwargs or not any(_is_foreign(value, cls) for value in kwargs.values()):
+            return args, kwargs
     region = _region(cls, [*args, *(kwargs or {}).values()])
     if region is None:
         return args, kwargs
@@ -40,10 +44,6 @@ def _is_foreign(arg: Any, cls: type) -> bool:
     if isinstance(arg, torch.Tensor):
         return type(arg) is not cls and arg.requires_grad and not is_transformed(arg)
     return type(arg) in (list, tuple) and any(_is_foreign(entry, cls) for entry in arg)
-
-
-def _foreign(cls: type) -> Any:
-    return lambda arg: _is_foreign(arg, cls)
 
 
 def _region(cls: type, values: Any) -> Region | None:
