@@ -167,7 +167,25 @@ def test_another_dtype_and_back() -> None:
 
 def test_the_compiler_computes_what_the_recording_says() -> None:
     """The one compilation of the quick suite; all kinds of models are compiled by `check_capture.py`."""
-    check("mlp", lambda: training("mlp", "sgd"), steps=8, backend="inductor")
+
+    def make() -> SimpleNamespace:
+        net = lambda: nn.Sequential(nn.Linear(7, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))  # noqa: E731 # a factory
+        stack = build(net, seeds=range(3), dtype=torch.float64)
+        opt = optim.SGD(stack.parameters(), lr=[0.1, 0.2, 0.3])
+
+        def step(x: torch.Tensor) -> torch.Tensor:
+            opt.zero_grad()
+            losses = stack(x).pow(2).mean((1, 2))
+            losses.sum().backward()
+            opt.step()
+            return losses
+
+        return SimpleNamespace(step=step, stack=stack, opt=opt)
+
+    twins = check("mlp", make, steps=8, backend="inductor")
+    twins.both(_set_lr(0.01))
+    twins.call(INPUTS["mlp"][1]())
+    assert twins.captured.plans[0].startswith("all at once")
 
 
 def test_a_schedule_records_nothing_anew() -> None:
@@ -232,3 +250,152 @@ def test_evaluation_is_a_step_too() -> None:
         if k == 2:
             twins.both(lambda world: world.train(torch.ones(4, 2, 4, 4, dtype=torch.float64)))
     assert twins.captured.replayed >= 3
+
+
+# -- steps of other shapes
+
+
+def autocast() -> SimpleNamespace:
+    world = training("mlp", "sgd")
+    inner = world.step
+
+    def step(x: torch.Tensor) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return inner(x.float())
+
+    world.stack.float()
+    world.step = step
+    return world
+
+
+def own_inputs() -> SimpleNamespace:
+    world = training("mlp", "sgd")
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        world.opt.zero_grad()
+        out = world.stack(memberwise.each(torch.stack([x, 2 * x, -x])))
+        losses = out.pow(2).mean((1, 2))
+        losses.sum().backward()
+        world.opt.step()
+        return losses
+
+    return SimpleNamespace(step=step, stack=world.stack, opt=world.opt)
+
+
+def functional() -> SimpleNamespace:
+    nets = [nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Linear(5, CLASSES)).double() for _ in range(3)]
+    params, buffers = memberwise.stack_module_state(nets)
+    opt = optim.Adam(params.values(), lr=0.01)
+
+    def one(p: Any, b: Any, x: torch.Tensor) -> torch.Tensor:
+        return memberwise.functional_call(nets[0], (p, b), (x,)).logsumexp(-1).mean()
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        opt.zero_grad()
+        losses = memberwise.vmap(one, (0, 0, None))(params, buffers, x)
+        losses.sum().backward()
+        opt.step()
+        return losses
+
+    return SimpleNamespace(step=step, params=params, buffers=buffers, opt=opt)
+
+
+def gradients_inside() -> SimpleNamespace:
+    """torch.func.grad for one member, and a hand-written update."""
+    weight = torch.randn(3, 7, 4, dtype=torch.float64)
+    lr = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+
+    def loss(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return (x @ w).tanh().pow(2).mean()
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        grads, losses = memberwise.vmap(torch.func.grad_and_value(loss), (0, None))(weight, x)
+        weight.sub_(lr[:, None, None] * grads)
+        return losses
+
+    return SimpleNamespace(step=step, weight=weight)
+
+
+def checkpointed() -> SimpleNamespace:
+    from torch.utils.checkpoint import checkpoint
+
+    world = training("mlp", "sgd")
+
+    def one(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(model, x, use_reentrant=False).logsumexp(-1).mean()
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        world.opt.zero_grad()
+        losses = memberwise.vmap(one, (0, None))(world.stack, x)
+        losses.sum().backward()
+        world.opt.step()
+        return losses
+
+    return SimpleNamespace(step=step, stack=world.stack, opt=world.opt)
+
+
+def two_players() -> SimpleNamespace:
+    makers = build(lambda: nn.Linear(4, 7), seeds=range(3), dtype=torch.float64)
+    critics = build(lambda: nn.Sequential(nn.Linear(7, 5), nn.Dropout(0.2), nn.Linear(5, 1)), seeds=range(3),
+                    dtype=torch.float64)  # fmt: skip
+    first, second = optim.Adam(makers.parameters(), lr=0.01), optim.Adam(critics.parameters(), lr=[0.1, 0.2, 0.3])
+
+    def step(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        noise = torch.randn(6, 4, dtype=torch.float64)
+        second.zero_grad()
+        made = makers(noise)
+        fooled = critics(memberwise.each(made.detach())).mean((1, 2)) - critics(x).mean((1, 2))
+        fooled.sum().backward()
+        second.step()
+        first.zero_grad()
+        seen = -critics(memberwise.each(makers(noise))).mean((1, 2))
+        seen.sum().backward()
+        first.step()
+        return {"fooled": fooled, "seen": seen}
+
+    return SimpleNamespace(step=step, makers=makers, critics=critics)
+
+
+def average() -> SimpleNamespace:
+    """A step that keeps an exponential average of the weights."""
+    world = training("cnn", "sgd")
+    kept = {name: p.detach().clone() for name, p in world.stack.named_parameters()}
+    inner = world.step
+
+    def step(x: torch.Tensor) -> Any:
+        out = inner(x)
+        with torch.no_grad():
+            for name, parameter in world.stack.named_parameters():
+                kept[name].lerp_(parameter, 0.1)
+        return out
+
+    return SimpleNamespace(step=step, stack=world.stack, kept=kept)
+
+
+SHAPES = [autocast, own_inputs, functional, gradients_inside, checkpointed, two_players, average]
+
+
+@pytest.mark.parametrize("make", SHAPES, ids=lambda make: make.__name__)
+def test_steps_of_other_shapes(make: Callable[[], SimpleNamespace]) -> None:
+    twins = Twins(make, exact=False)
+    for _ in range(6):
+        twins.call(INPUTS["cnn" if make is average else "mlp"][1]())
+    assert twins.captured.replayed >= 4, [refusal.sentence() for refusal in twins.captured.refusals]
+
+
+def test_torchs_adam_reads_its_counts_and_says_where() -> None:
+    def make() -> SimpleNamespace:
+        stack = build(lambda: nn.Linear(7, 2), seeds=range(3), dtype=torch.float64)
+        opt = torch.optim.Adam(stack.parameters(), lr=0.01)
+
+        def step(x: torch.Tensor) -> None:
+            opt.zero_grad()
+            stack(x).pow(2).sum().backward()
+            opt.step()  # torch's own
+
+        return SimpleNamespace(step=step, stack=stack)
+
+    twins = Twins(make, exact=False)
+    with pytest.warns(UserWarning, match=r"opt.step\(\)  # torch's own"):
+        for _ in range(4):
+            twins.call(INPUTS["mlp"][1]())
