@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,7 @@ from benchmarks.case import Batch, Case
 from benchmarks.cases import CASES
 from benchmarks.rival import Rival, Running
 from benchmarks.rivals import RIVALS
+from memberwise import StackWarning
 
 
 class Red(Exception):
@@ -95,7 +97,8 @@ def start(each: Started, request: Request, case: Case, batches: list[Batch], exp
     each.running = None
     begin = time.perf_counter()
     try:
-        with limits.at_most(request.start_s):
+        with limits.at_most(request.start_s), warnings.catch_warnings():
+            warnings.filterwarnings("error", _EAGERLY, StackWarning)
             running = each.rival.start(case, [model.to(dtype) for model in case.models(request.members)])
             found = verify.of_running(running, batches)
     except limits.OutOfTime:
@@ -106,6 +109,10 @@ def start(each: Started, request: Request, case: Case, batches: list[Batch], exp
         return []
     each.start_s, each.running = round(time.perf_counter() - begin, 2), running
     return (verify.exactly if dtype is torch.float64 else verify.in_norm)(found, expected)
+
+
+_EAGERLY = r"(?s).*\[MW50\d\]"
+"""A captured step that says it runs eagerly has no figure under the name of a captured one."""
 
 
 def reason(error: Exception) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from benchmarks.case import Case
-from benchmarks.rival import Rival, Running
+from functools import partial
+
+import memberwise
+from benchmarks.rival import Rival
 from benchmarks.rivals import memberwise_eager
 
-
-def start(case: Case, models: list) -> Running:
-    import memberwise  # here, so that the other rivals can run without capture
-
-    return memberwise_eager.start(case, models, capture=memberwise.compile)
-
-
-RIVAL = Rival("memberwise-captured", "memberwise captured", "the same step through memberwise.compile", start)
+RIVAL = Rival(
+    "memberwise-captured",
+    "memberwise captured",
+    "the same step through memberwise.compile",
+    partial(memberwise_eager.start, capture=memberwise.compile),
+)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 import memberwise
 from benchmarks.case import Batch, Case
 from benchmarks.rival import LR, Rival, Running
-from memberwise import optim
 
 
 def as_it_is(step: Callable) -> Callable:
@@ -18,7 +17,7 @@ def as_it_is(step: Callable) -> Callable:
 
 def start(case: Case, models: list[nn.Module], capture: Callable = as_it_is) -> Running:
     stack = memberwise.stack(models)
-    optimizer = optim.Adam(stack.parameters(), lr=LR)
+    optimizer = memberwise.optim.Adam(stack.parameters(), lr=LR)
     losses_of_all = memberwise.vmap(case.loss, in_dims=case.in_dims)
 
     def train(batch: Batch) -> Tensor:

