@@ -6,8 +6,9 @@ whether it changed anything, so that a test which passes under one that changed 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,6 @@ from memberwise.rules import registry
 from memberwise.rules.composite import Composite
 
 Change = Callable[[torch.Tensor], torch.Tensor]
-MOST_ARGUMENTS = 12
 
 
 def permuted(value: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ class Mutation:
 
     target: Any
     kind: str
-    put: Callable[[Mutation], contextmanager[None]]
+    put: Callable[[Mutation], AbstractContextManager[None]]
     effects: int = field(default=0, compare=False)
 
     @property
@@ -73,32 +73,67 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(((one == other) | ((one != one) & (other != other))).all())  # NaN is equal to NaN here
 
 
+# -- which rules are used, and how
+
+
+@dataclass
+class Uses:
+    """What ran while it was watched: targets, and of composite rules the places of arguments and gradients."""
+
+    targets: set[Any] = field(default_factory=set)
+    places: dict[tuple[Any, str], set[int]] = field(default_factory=lambda: defaultdict(set))
+
+    def note(self, function: Any, which: str, values: Any) -> None:
+        """Some of a composite's arguments or gradients are tensors."""
+        found = {place for place, value in enumerate(values) if isinstance(value, torch.Tensor)}
+        self.places[function, which] |= found
+
+
 @contextmanager
-def watching() -> Iterator[set[Any]]:
-    """A set to which every rule adds its target when it is used."""
-    used: set[Any] = set()
+def watching() -> Iterator[Uses]:
+    """A record to which every rule adds its target when it is used."""
+    uses = Uses()
     rules = dict(registry.RULES)
-    calls = {function: composite(rule) for function, rule in registry.COMPOSITES.items()}
-    forwards = {function: call.forward for function, call in calls.items()}
-    for op, rule in rules.items():
-        _replace(op, _noting(rule, used, op))
-    for function, call in calls.items():
-        call.forward = _noting(call.forward, used, function)
-    try:
-        yield used
-    finally:
+    with ExitStack() as stack:
         for op, rule in rules.items():
-            _replace(op, rule)
-        for function, call in calls.items():
-            call.forward = forwards[function]
+            stack.callback(_replace, op, rule)
+            _replace(op, _noting_rule(rule, uses, op))
+        for function, call in composites().items():
+            stack.enter_context(_noting_composite(function, call, uses))
+        yield uses
 
 
-def _noting(function: Callable[..., Any], used: set[Any], target: Any) -> Callable[..., Any]:
+def _noting_rule(rule: Callable[..., Any], uses: Uses, op: Any) -> Callable[..., Any]:
     def noting(*args: Any, **kwargs: Any) -> Any:
-        used.add(target)
-        return function(*args, **kwargs)
+        uses.targets.add(op)
+        return rule(*args, **kwargs)
 
     return noting
+
+
+@contextmanager
+def _noting_composite(function: Any, call: Composite, uses: Uses) -> Iterator[None]:
+    forward, backward, again = call.forward, call.backward, call.again
+
+    def noting_forward(info: Any, dims: Any, *args: Any) -> Any:
+        uses.targets.add(function)
+        uses.note(function, "forward", args)
+        return forward(info, dims, *args)
+
+    def noting(which: str, original: Any) -> Any:
+        def gradients(*args: Any) -> Any:
+            found = list(original(*args))
+            uses.note(function, which, found)
+            return found
+
+        return gradients
+
+    call.forward, call.backward = noting_forward, noting("backward", backward)
+    call.again = again and noting("again", again)
+    try:
+        yield
+    finally:
+        call.forward, call.backward, call.again = forward, backward, again
 
 
 # -- rules of single operations
@@ -155,27 +190,34 @@ def _changed(mutation: Mutation, change: Change, out: Any, dims: Any, args: Any)
 # -- composite rules
 
 
-def of_composites() -> list[Mutation]:
-    """Each composite rule with its results permuted, each argument ignored, each gradient cut, permuted or shared."""
+def of_composites(uses: Uses) -> list[Mutation]:
+    """Each composite rule with its results permuted, each argument ignored, each gradient cut or permuted."""
     mutations = []
-    for function, rule in registry.COMPOSITES.items():
-        call = composite(rule)
+    for function, call in composites().items():
         mutations.append(Mutation(function, "permute members", _broken_forward(call, _permute_out)))
-        for place in range(MOST_ARGUMENTS):
+        for place in sorted(uses.places[function, "forward"]):
             mutations += [
                 Mutation(function, f"ignore argument {place}", _broken_forward(call, _ignored(place))),
                 Mutation(function, f"forget what is written to argument {place}", _broken_forward(call, _kept(place))),
+            ]
+        for place in sorted(uses.places[function, "backward"]):
+            mutations += [
                 Mutation(function, f"cut gradient {place}", _broken_backward(call, "backward", place, dropped)),
                 Mutation(function, f"permute gradient {place}", _broken_backward(call, "backward", place, permuted)),
             ]
-            if call.again is not None:
-                again = _broken_backward(call, "again", place, dropped)
-                mutations.append(Mutation(function, f"cut gradient {place} of the gradient", again))
+        for place in sorted(uses.places[function, "again"]):
+            again = _broken_backward(call, "again", place, dropped)
+            mutations.append(Mutation(function, f"cut gradient {place} of the gradient", again))
     return mutations
 
 
-def composite(rule: Any) -> Composite:
-    """The pair of functions behind an entry of the table, which may arrange its arguments first."""
+def composites() -> dict[Any, Composite]:
+    """Each torch function with a composite rule, and the pair of functions behind it."""
+    return {function: _composite(rule) for function, rule in registry.COMPOSITES.items()}
+
+
+def _composite(rule: Any) -> Composite:
+    """The entry itself, or, where it arranges its arguments first, what it calls."""
     if isinstance(rule, Composite):
         return rule
     cells = [cell.cell_contents for cell in rule.__closure__ or ()]

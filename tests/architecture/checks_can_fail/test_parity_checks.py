@@ -50,7 +50,9 @@ CHECKS = {"loop": by_loop, "verify": by_verify, "check_rule": by_check_rule}
 
 
 def mutation(target: Any, kind: str) -> Mutation:
-    return next(m for m in of_composites() + of_rules() if m.target is target and m.kind == kind)
+    with watching() as uses:
+        by_loop()
+    return next(m for m in of_composites(uses) + of_rules() if m.target is target and m.kind == kind)
 
 
 COMPOSITE_FAULTS = [
@@ -68,9 +70,10 @@ PAIRS.remove(("verify", "cut gradient 0"))  # it takes no gradient of a stack's 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_sound_rules_pass(check: str) -> None:
-    with watching() as used:
+    with watching() as uses:
         CHECKS[check]()
-    assert F.linear in used
+    assert F.linear in uses.targets
+    assert uses.places[F.linear, "forward"] == {0, 1, 2}
 
 
 @pytest.mark.parametrize(("check", "kind"), PAIRS)
