@@ -12,6 +12,7 @@ import datetime
 import fnmatch
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,11 +91,12 @@ def document_of(options: argparse.Namespace, rows: list[dict[str, object]], befo
 
 
 def write(document: dict[str, Any], path: Path) -> None:
-    """Into `path`, if it is a results document."""
+    """Into `path`, samples on one line, if it is a results document."""
     if wrong := schema.problems(document):
         raise SystemExit("\n".join(["not written, this is no results document:", *wrong]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    text = json.dumps(document, indent=1)
+    path.write_text(re.sub(r"\[[\s\d.,e+-]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n")
 
 
 def print_cells(cells: summary.Cells, console: Console) -> None:
