@@ -148,7 +148,9 @@ def _cases(
                 for arg, dim in zip(case.args, case.dims, strict=True)
             ]
             yield replace(case, args=args)
-    for size in (0, 1) if batch_dims is not None else ():
+    for size in (0, 1):
+        if batch_dims is None:
+            break
         pairs = zip(sample, batch_dims, strict=True)
         small = [
             value if dim is None else _map(lambda t, d=dim, n=size: t.narrow(d, 0, n), value) for value, dim in pairs
