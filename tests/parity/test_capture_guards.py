@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -334,11 +337,50 @@ def tied_then_untied() -> SimpleNamespace:
     return _world(lambda x: x * pair[0] - pair[1], change=lambda: pair.__setitem__(1, torch.zeros_like(first)))
 
 
+def attribute_of_a_dict() -> SimpleNamespace:
+    class Options(dict[str, float]):
+        k = 2.0
+
+    options = Options()
+    options.k = 2.0
+    return _world(lambda x: x * options.k, change=lambda: setattr(options, "k", 3.0))
+
+
+def attribute_of_a_function() -> SimpleNamespace:
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return x * getattr(step, "k", 1.0)
+
+    return _world(step, change=lambda: setattr(step, "k", 3.0))
+
+
+def numpy_array() -> SimpleNamespace:
+    weights = numpy.ones(3)
+    return _world(lambda x: x * float(weights[1]), change=lambda: weights.__setitem__(1, 5.0))
+
+
+def numpy_array_in_an_object() -> SimpleNamespace:
+    box = SimpleNamespace(weights=numpy.ones(3))
+    return _world(lambda x: x * float(box.weights.sum()), change=lambda: box.weights.__imul__(2))
+
+
+def exchanged_partial() -> SimpleNamespace:
+    options = {"f": functools.partial(torch.mul, other=2.0)}
+    change = lambda: options.update(f=functools.partial(torch.mul, other=3.0))  # noqa: E731 # as its neighbours
+    return _world(lambda x: options["f"](x), change=change)
+
+
+def draw_by_a_tensor() -> SimpleNamespace:
+    box = SimpleNamespace(p=torch.zeros(3, dtype=torch.float64))
+    change = lambda: setattr(box, "p", torch.ones(3, dtype=torch.float64))  # noqa: E731 # as its neighbours
+    return _world(lambda x: x * torch.bernoulli(box.p), change=change)
+
+
 WORLDS = [
     closure_scalar, closure_int_to_float, nested_function, exchanged_function, default_argument, dict_and_list,
     longer_list, new_key, set_of_names, object_attribute, slots_attribute, class_attribute, module_flag, module_eps,
     dropout_rate, dropout_off, exchanged_module, appended_module, new_hook, exchanged_forward, exchanged_parameter,
-    forward_of_one_instance, tensor_hook, accumulation_hook,
+    forward_of_one_instance, tensor_hook, accumulation_hook, attribute_of_a_dict, attribute_of_a_function,
+    numpy_array, numpy_array_in_an_object, exchanged_partial, draw_by_a_tensor,
     parameter_data, module_dtype, frozen_parameter, optimizer_group, closure_tensor, closure_tensor_shape,
     tensor_in_place, tensor_in_list, tied_then_untied,
 ]  # fmt: skip
@@ -365,6 +407,44 @@ def test_globals_and_functions_called_are_watched(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(twins.call(X), X * 5 * 7 * 2)
     monkeypatch.setattr(Config, "scale", -1.0)
     assert torch.equal(twins.call(X), X * 5 * 7 * -1)
+
+
+ACTIVATION = torch.relu
+
+
+def test_a_global_name_of_a_library_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = compile(lambda x: ACTIVATION(x), backend="fx")
+    for _ in range(3):
+        captured(X)
+    monkeypatch.setitem(globals(), "ACTIVATION", torch.tanh)
+    assert torch.equal(captured(X), torch.tanh(X))
+
+
+def test_values_of_a_users_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, inner = types.ModuleType("settings"), types.ModuleType("settings.inner")
+    settings.inner, inner.rate, inner.options = inner, 2.0, {"k": 1.0}  # type: ignore[attr-defined] # as imports do
+    monkeypatch.setitem(globals(), "settings", settings)
+    captured = compile(lambda x: x * settings.inner.rate * globals()["settings"].inner.options["k"], backend="fx")
+    by_name = compile(_with_settings, backend="fx")
+    for _ in range(3):
+        assert torch.equal(by_name(X), X * 2)
+        captured(X)
+    inner.rate = 3.0  # type: ignore[attr-defined] # as above
+    assert torch.equal(by_name(X), X * 3)
+    assert torch.equal(captured(X), X * 3)
+    inner.options["k"] = 4.0
+    assert torch.equal(by_name(X), X * 12)
+
+
+def _with_settings(x: torch.Tensor) -> torch.Tensor:
+    return x * settings.inner.rate * settings.inner.options["k"]  # type: ignore[name-defined] # noqa: F821 # set above
+
+
+def test_a_draw_by_an_argument_uses_the_one_of_this_call() -> None:
+    captured = compile(lambda p: torch.bernoulli(p), backend="fx")
+    for value in (0.0, 1.0, 0.0, 1.0):
+        assert torch.equal(captured(torch.full((3,), value)), torch.full((3,), value))
+    assert captured.captured.replayed == 3
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,28 @@ def test_state_made_in_the_first_call_alone_is_no_reason() -> None:
         assert twins.replays(torch.randn(2, 3))
 
 
+def test_a_large_numpy_array_within_reach() -> None:
+    table = numpy.ones(100_000)
+    captured = compile(lambda x: x * float(table[3]), backend="fx")
+    assert torch.equal(quietly(captured, torch.ones(2)), torch.ones(2))
+    assert captured.captured.refusals[0].reason == "host-data"
+    assert "table" in captured.captured.refusals[0].found
+
+
+def test_sparse_tensors() -> None:
+    eye = torch.eye(3).to_sparse()
+    captured = compile(lambda x: torch.sparse.mm(eye, x), backend="fx")
+    for _ in range(4):
+        assert torch.equal(quietly(captured, torch.ones(3, 2)), torch.ones(3, 2))
+    assert captured.captured.refusals[0].reason == "layout"
+
+
+def test_a_wrong_call_is_told_by_torch() -> None:
+    captured = compile(lambda x: torch.tensor_split(x), backend="fx")
+    with pytest.raises(TypeError):
+        captured(torch.ones(2))
+
+
 # -- where tensors come from
 
 

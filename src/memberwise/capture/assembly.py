@@ -81,6 +81,8 @@ class Assembly:
         count = len(self.values)
         for tensor in self.before.tensors:
             self._value(tensor)
+        for _, draw in self.draws:
+            draw.bind(self._value, self.recorder.kept)
         result = tree_map(lambda leaf: Input(self._value(leaf)) if isinstance(leaf, torch.Tensor) else leaf, result)
         return self._finished(fx.GraphModule(self.recorder.constants, graph), result, count)
 

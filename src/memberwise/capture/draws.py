@@ -7,7 +7,7 @@ what the eager step takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,14 +23,16 @@ class Draw:
         func, args, kwargs: the random operation and its arguments; a tensor among them is live memory.
         example: a tensor like the drawn one; where the operation fills a tensor, or asks one for its kind, it is this.
         stands_for: the member's stream that the global one stands for, or None.
+        given: `(argument, value)`: arguments that are values of the program, looked up at each draw.
     """
 
     def __init__(self, func: Any, args: Any, kwargs: Any, drawn: torch.Tensor, *, shaped: bool) -> None:
         self.example = torch.empty_strided(drawn.shape, drawn.stride(), dtype=drawn.dtype, device=drawn.device)
         self.func = func
-        self.args = (self.example, *args) if shaped else tuple(args)
+        self.args: Sequence[Any] = (self.example, *args) if shaped else tuple(args)
         self.kwargs = kwargs
         self.stands_for: torch.Generator | None = None
+        self.given: list[tuple[int, int]] = []
 
     def kind(self) -> Any:
         """A value that is equal for draws that take the same from the same state."""
@@ -43,12 +45,23 @@ class Draw:
         self.args = (target, *self.args[1:])
         self.example = target
 
-    def take(self) -> torch.Tensor:
-        """Draw."""
+    def bind(self, position: Callable[[torch.Tensor], int], fixed: Collection[int]) -> None:
+        """Look up the tensors among the arguments at each draw, but those in `fixed`, by `id`."""
+        for k, arg in enumerate(self.args):
+            if isinstance(arg, torch.Tensor) and arg is not self.example and id(arg) not in fixed:
+                self.given.append((k, position(arg)))
+
+    def take(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Draw, with these values of the program."""
+        args = self.args
+        if self.given:
+            args = [*args]
+            for k, index in self.given:
+                args[k] = values[index]
         if self.stands_for is None:
-            return self.func(*self.args, **self.kwargs)
+            return self.func(*args, **self.kwargs)
         with drawing_from(self.stands_for):
-            return self.func(*self.args, **self.kwargs)
+            return self.func(*args, **self.kwargs)
 
 
 class MemberDraws(Draw):
@@ -66,10 +79,15 @@ class MemberDraws(Draw):
         for draw, part in zip(draws, self.example, strict=True):
             draw.into(part)
 
-    def take(self) -> torch.Tensor:
+    def bind(self, position: Callable[[torch.Tensor], int], fixed: Collection[int]) -> None:
+        """Look up the tensors among the arguments at each draw."""
+        for draw in self.draws:
+            draw.bind(position, fixed)
+
+    def take(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
         """Draw for each member."""
         for draw in self.draws:
-            draw.take()
+            draw.take(values)
         return self.example
 
 

@@ -203,7 +203,7 @@ class Program:
         for optimizer in self.optimizers:
             optimizer.sync_hyperparameters()
         for index, draw in self.draws:
-            values[index] = draw.take()
+            values[index] = draw.take(values)
         with torch.no_grad():
             outputs = self.run(*values[: self.count])  # type: ignore[misc] # compiled by the caller
         for place, output in self.stores:

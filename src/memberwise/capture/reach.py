@@ -24,12 +24,15 @@ from torch import nn
 from memberwise.capture.origins import is_installed, is_library_value, is_opaque, names_in, root
 from memberwise.capture.places import Attribute, Item, Place
 from memberwise.capture.refusals import Refusal, is_library
-from memberwise.capture.standins import Cache, Members, Prepared
+from memberwise.capture.standins import Cache, Contents, Members, Prepared
 from memberwise.engine.arguments import slots_of
 from memberwise.engine.slots import Slots
 
 LIMIT = 100_000
 """How many values are watched at most."""
+
+ARRAY_LIMIT = 1 << 16
+"""The size in bytes of a NumPy array that is still compared value for value."""
 
 PLAIN = (
     int, float, complex, str, bytes, type(None), enum.Enum, slice, range,
@@ -86,7 +89,6 @@ class Reach:
         generators: random streams of torch met.
         streams: random streams of Python and NumPy met.
         optimizers: objects that prepare themselves for capture.
-        arrays: labels of NumPy arrays that the step names itself.
         refusal: why no recording can stand on this, or None.
     """
 
@@ -99,18 +101,23 @@ class Reach:
         self.generators: list[torch.Generator] = []
         self.streams: list[Any] = [random, *([sys.modules["numpy.random"]] if "numpy.random" in sys.modules else [])]
         self.optimizers: list[Any] = []
-        self.arrays: list[str] = []
         self.refusal: Refusal | None = None
         self._seen: dict[int, Any] = {}
         self._pending: collections.deque[tuple[str, Any, Place | None]] = collections.deque()
         self._pending.extend((label, value, None) for label, value in roots)
         self._classes: set[type] = set()
+        self._modules: dict[str, types.ModuleType] = {}
+        self._mentioned: set[str] = set()
         self._held: set[tuple[int, Any]] = set()
         self._watched = 0
         self._walk()
 
     def _walk(self) -> None:
-        while self._pending and self.refusal is None:
+        while self.refusal is None:
+            if not self._pending:
+                self._mentioned_in_modules()
+            if not self._pending:
+                return
             label, value, place = self._pending.popleft()
             if isinstance(value, torch.Tensor):
                 self._tensor(label, value, place)
@@ -159,9 +166,20 @@ class Reach:
 
     def _mapping(self, label: str, value: Mapping[Any, Any]) -> None:
         self._items(value, list(value), label, sized=True)
+        self._attributes(label, value)
 
     def _sequence(self, label: str, value: Any) -> None:
         self._items(value, range(len(value)), label, sized=True)
+        self._attributes(label, value)
+
+    def _attributes(self, label: str, value: Any, *, sized: bool = True) -> None:
+        """What an object has beside its entries."""
+        own = getattr(value, "__dict__", None)
+        if own is not None:
+            ours = root(type(value).__module__) == "memberwise"  # what is private there is derived from the rest
+            self._entries(own, [key for key in own if not (ours and key.startswith("_"))], label, sized=not ours)
+        slots = [name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)]
+        self._hold(value, [Attribute(value, name, f"{label}.{name}") for name in slots])
 
     def _tuple(self, label: str, value: tuple[Any, ...]) -> None:
         places = [Item(value, index, f"{label}[{index}]") for index in range(len(value))]
@@ -188,32 +206,42 @@ class Reach:
     def _function(self, label: str, value: types.FunctionType) -> None:
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             with contextlib.suppress(ValueError):  # an empty cell has no contents
-                self._named(name, cell.cell_contents)
                 self._hold(cell, [Attribute(cell, "cell_contents", name)])
-        self._entries(vars(value), list(vars(value)), label)
+        self._entries(vars(value), list(vars(value)), label, sized=True)
         defaults = (value.__defaults__, value.__kwdefaults__)
         self._pending.extend((label, held, None) for held in defaults if held)
         if not is_library(value.__code__.co_filename):
             self._globals(value)
 
     def _globals(self, function: types.FunctionType) -> None:
-        """The globals that a function names, and what it names of modules of the user's."""
+        """The globals that a function names. Those of installed packages are watched; numbers alone are followed."""
         names, attributes = names_in(function.__code__)
+        self._mentioned |= attributes
         space = function.__globals__
-        found = [name for name in sorted(names) if name in space and not is_library_value(space[name])]
+        places: list[Place] = [Item(space, name, name) for name in sorted(names) if name in space]
+        followed = [place for place in places if not is_library_value(place.read())]
         if is_installed(function):
-            found = [name for name in found if isinstance(space[name], PLAIN)]
-        for name in found:
-            self._named(name, space[name])
-            if isinstance(space[name], types.ModuleType):
-                self._entries(vars(space[name]), sorted(attributes & vars(space[name]).keys()), name)
-        self._hold(space, [Item(space, name, name) for name in found])
+            followed = [place for place in followed if isinstance(place.read(), PLAIN)]
+        self._hold(space, followed)
+        self._hold(space, places, follow=False)
 
-    def _named(self, name: str, value: Any) -> None:
-        """A value that a function names itself."""
-        numpy = sys.modules.get("numpy")
-        if numpy is not None and isinstance(value, numpy.ndarray):
-            self.arrays.append(name)
+    def _namespace(self, label: str, value: types.ModuleType) -> None:
+        """A module: what the step's functions name of it, if it is the user's."""
+        if not is_library_value(value):
+            self._modules[label] = value
+
+    def _mentioned_in_modules(self) -> None:
+        """Watch what of users' modules has been named by now, in any function."""
+        for label, module in self._modules.items():
+            self._entries(vars(module), sorted(self._mentioned & vars(module).keys()), label)
+
+    def _array(self, label: str, value: Any) -> None:
+        """A NumPy array: small ones are watched, value for value."""
+        if value.nbytes > ARRAY_LIMIT:
+            self.refusal = Refusal("host-data", f"the NumPy array {label} of {value.nbytes} bytes")
+            return
+        holder = Contents(value)
+        self._hold(holder, [Attribute(holder, "values", label)], follow=False)
 
     def _method(self, label: str, value: types.MethodType) -> None:
         self._pending.extend([(label, value.__func__, None), (f"{label}.__self__", value.__self__, None)])
@@ -254,12 +282,7 @@ class Reach:
         if hasattr(type(value), "capture_state"):
             self._optimizer(label, value)
             return
-        own = getattr(value, "__dict__", None)
-        if own is not None:
-            ours = root(type(value).__module__) == "memberwise"  # what is private there is derived from the rest
-            self._entries(own, [key for key in own if not (ours and key.startswith("_"))], label, sized=not ours)
-        slots = [name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)]
-        self._hold(value, [Attribute(value, name, f"{label}.{name}") for name in slots])
+        self._attributes(label, value)
         self._class(label, type(value))
 
     def _optimizer(self, label: str, value: Any) -> None:
@@ -280,12 +303,10 @@ class Reach:
             self._items(group["params"], range(len(group["params"])), f"{label}.param_groups[]['params']", sized=True)
 
 
-def _numpy_streams() -> tuple[type, ...]:
-    try:
-        from numpy.random import Generator, RandomState
-    except ImportError:
-        return ()
-    return Generator, RandomState
+def _numpy(*names: str, inside: str = "numpy") -> tuple[type, ...]:
+    """Classes of NumPy, which torch loads if it is there."""
+    module = sys.modules.get(inside)
+    return () if module is None else tuple(getattr(module, name) for name in names)
 
 
 _FOLLOW: tuple[tuple[Any, Callable[[Reach, str, Any], None]], ...] = (
@@ -295,14 +316,15 @@ _FOLLOW: tuple[tuple[Any, Callable[[Reach, str, Any], None]], ...] = (
     (types.FunctionType, Reach._function),
     (functools.partial, Reach._partial),
     (type, Reach._class),
-    (types.ModuleType, Reach._nothing),
+    (types.ModuleType, Reach._namespace),
     (type(functools.lru_cache(lambda: None)), Reach._cached_function),
     (Mapping, Reach._mapping),
     ((list, collections.deque), Reach._sequence),
     (tuple, Reach._tuple),
     ((set, frozenset), Reach._set),
     (torch.Generator, Reach._generator),
-    ((random.Random, *_numpy_streams()), Reach._stream),
+    ((random.Random, *_numpy("Generator", "RandomState", inside="numpy.random")), Reach._stream),
+    (_numpy("ndarray"), Reach._array),
     (Iterator, Reach._iterator),
 )
 """How a value of each kind is followed; the first kind that fits counts."""

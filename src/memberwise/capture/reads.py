@@ -38,7 +38,10 @@ class HostReads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        found = _read(func, name, args, kwargs)
+        try:
+            found = _read(func, name, args, kwargs)
+        except Exception:  # a wrong call: torch itself will say what is wrong with it
+            found = None
         if found is not None:
             self._refuse(found)
         self.call, outer = (name, (args, kwargs)), self.call

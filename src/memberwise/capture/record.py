@@ -37,8 +37,10 @@ class Recorder(DispatchMode):
         graph: the operations so far; its placeholders are `inputs`, in order.
         inputs: what each placeholder stands for: a tensor that was there before, or a `Draw`.
         lines: the user's line that used each input first.
+        kept: tensors that draws take as arguments and that are the same in each run, by `id`.
         constants: tensors made from Python numbers, by attribute name.
         written: storages of inputs that an operation wrote to.
+        places: the tensors, by `id`, that a later call can look up.
         refusal: why the recording is of no use, or None.
     """
 
@@ -49,14 +51,16 @@ class Recorder(DispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # as in `engine.ambient`: torch need not wrap the handler
 
-    def __init__(self, generators: Iterable[torch.Generator] = ()) -> None:
+    def __init__(self, generators: Iterable[torch.Generator] = (), places: Iterable[int] = ()) -> None:
         super().__init__()
         self.graph = fx.Graph()
         self.inputs: list[torch.Tensor | Draw] = []
         self.lines: list[str] = []
+        self.kept: dict[int, torch.Tensor] = {}
         self.constants: dict[str, torch.Tensor] = {}
         self.written: set[int] = set()
         self.refusal: Refusal | None = None
+        self.places = frozenset(places)
         self.streams = Streams(generators)
         self.reads = HostReads(self.refuse)
         self._nodes: Any = WeakTensorKeyDictionary()
@@ -94,8 +98,9 @@ class Recorder(DispatchMode):
         leaves, spec = tree_flatten((args, kwargs))
         if any(_is_subclass(leaf) for leaf in leaves):
             return NotImplemented
-        if not hasattr(func, "_schema"):
-            self.refuse(Refusal("higher-order", str(func), user_line()))
+        foreign = _foreign(func, leaves)
+        if foreign is not None:
+            self.refuse(foreign)
             return func(*args, **kwargs)
         if _Tag.nondeterministic_seeded in func.tags:
             return self._draw(func, args, kwargs)
@@ -221,7 +226,7 @@ class Recorder(DispatchMode):
         if not isinstance(out, torch.Tensor) or not all(map(self._is_known, leaves)):
             self.refuse(Refusal("random-values", _called(self.reads, func), user_line()))
             return
-        known = [leaf.clone() if self._is_fixed(leaf) else leaf for leaf in leaves]
+        known = [self._kept(leaf) if self._is_fixed(leaf) else leaf for leaf in leaves]
         own_args, own_kwargs = tree_unflatten(known, spec)
         drawn = self._drawn(Draw(func, own_args, own_kwargs, out, shaped=shaped), generator, before, after)
         if drawn is None:
@@ -249,10 +254,25 @@ class Recorder(DispatchMode):
         """Whether a draw's argument is what it is before the step runs."""
         if not isinstance(value, torch.Tensor) or self._is_fixed(value):
             return True
-        return self.is_input(value) and memory_key(value) not in self.written
+        return self.is_input(value) and memory_key(value) not in self.written and id(value) in self.places
+
+    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a tensor that is the same in each run, for a draw to use."""
+        copy = tensor.clone()
+        self.kept[id(copy)] = copy
+        return copy
 
     def _is_fixed(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and memory_key(value) in self._fixed
+
+
+def _foreign(func: Any, leaves: list[Any]) -> Refusal | None:
+    """Why an operation cannot be written down at all, or None."""
+    if not hasattr(func, "_schema"):
+        return Refusal("higher-order", str(func), user_line())
+    if any(isinstance(leaf, torch.Tensor) and leaf.layout != torch.strided for leaf in leaves):
+        return Refusal("layout", str(func), user_line())
+    return None
 
 
 def _is_subclass(leaf: Any) -> bool:

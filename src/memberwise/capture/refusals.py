@@ -27,6 +27,7 @@ REASONS: dict[str, str] = {
     "too-large": "the step can reach more Python values than can be watched",
     "needs-graph": "a returned or kept tensor still needs its gradient graph",
     "returned-object": "a returned object cannot be built anew",
+    "layout": "a tensor is sparse, or of another layout than strides",
     "higher-order": "an operation takes functions as arguments",
     "internal": "the recorder met something it does not know",
     "not-compiled": "the compiler could not translate the recorded step",

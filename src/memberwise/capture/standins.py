@@ -53,3 +53,19 @@ class Members:
     @property
     def members(self) -> frozenset[Any]:
         return self.before if self.held == self.before else frozenset(self.held)
+
+
+class Contents:
+    """A NumPy array, seen as a value that is one object as long as the array holds the same."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+        self.before = self._now()
+
+    def _now(self) -> tuple[Any, ...]:
+        return self.array.shape, self.array.dtype, self.array.tobytes()
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        now = self._now()
+        return self.before if now == self.before else now

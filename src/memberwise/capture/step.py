@@ -131,7 +131,7 @@ class CapturedStep(Unfollowed):
     def _watched(self, before: Before, args: Any, kwargs: Any) -> tuple[Program | Refusal, Any]:
         """Run the step once under a recorder; the program, or why there is none, and what the step returned."""
         reach = before.reach
-        recorder = Recorder(reach.generators)
+        recorder = Recorder(reach.generators, (*reach.places, *map(id, before.arguments.tensors)))
         drawn = host_states(reach.streams)
         out = recorder.watch(lambda: self.step(*args, **kwargs))
         if host_states(reach.streams) != drawn:
