@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import memberwise
 from memberwise.testing.tolerance import assert_equal
-from tests.parity.loops import check, numbers
+from tests.parity.loops import alone, check, numbers
 
 pytestmark = pytest.mark.usefixtures("composites")
 
@@ -130,6 +130,46 @@ def test_members_not_contiguous(name: str) -> None:
     args = [t.detach().movedim(0, -1).contiguous().movedim(-1, 0).requires_grad_() for t in given(name)]
     check(LAYERS[name][0], *args)
     check(LAYERS[name][0], *[t.detach().movedim(0, -1) for t in given(name)], in_dims=-1, gradients=False)
+
+
+def allowed_alone(func: Callable[..., Any], args: list[torch.Tensor]) -> bool:
+    """Whether a lone run, backward included, may do what `func` does."""
+    try:
+        alone(func, args)
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_result_may_be_written_if_it_may_be_alone(name: str) -> None:
+    """What a rule keeps for its backward is no more than what the operation keeps alone."""
+
+    def func(*own: torch.Tensor) -> Any:
+        out = LAYERS[name][0](*own)
+        for entry in [out] if isinstance(out, torch.Tensor) else out:
+            entry.mul_(2.0)
+        return out
+
+    if allowed_alone(func, given(name)):
+        check(func, *given(name))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_argument_may_be_written_later_if_it_may_be_alone(name: str) -> None:
+    """With the gradient of one argument asked for, and another written after its use."""
+    count = len(LAYERS[name][1])
+    for wanted in range(count):
+        for changed in range(count):
+
+            def func(*own: torch.Tensor, wanted: int = wanted, changed: int = changed) -> Any:
+                copies = [t * 1 if k == wanted else t.detach().clone() for k, t in enumerate(own)]
+                out = LAYERS[name][0](*copies)
+                copies[changed].zero_()
+                return out
+
+            if allowed_alone(func, given(name)):
+                check(func, *given(name), gradients=False)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -287,3 +287,28 @@ def test_a_read_in_backward_has_no_way_back_and_says_so() -> None:
     out = memberwise.vmap(func)(x)
     with pytest.raises(memberwise.errors.EngineError, match="MW208"):
         (out * numbers(4, 4, seed=8, grad=False)).sum().backward()
+
+
+BY_MEMBERS: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "a saved buffer is written by the next member": lambda x, s: (s.add_(1.0) * x)[: 2 if differs(x) else 3].sum(),
+    "written through detach": lambda x, s: (x.detach().mul_(0.7), x[2:] * (2 if differs(x) else 3))[1],
+    "written under no_grad": lambda x, s: torch.no_grad()(lambda: s.mul_(2))() * x * (2 if differs(x) else 3),
+    "a view made under no_grad is written": lambda x, s: viewed(x, s) * (2 if differs(x) else 3),
+    "written with a gradient": lambda x, s: (s.mul_(x), s * x * (2 if differs(x) else 3))[1],
+    "hook": lambda x, s: hooked(x) * s,
+    "requires_grad_": lambda x, s: torch.autograd.grad((s.requires_grad_() * x).sum(), s, create_graph=True)[0]
+    * (2 if differs(x) else 3),
+}  # fmt: skip
+
+
+def viewed(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        half = s[:2]
+    s.add_(1.0)
+    return torch.cat([half, s[2:]]) * x
+
+
+@pytest.mark.parametrize("name", BY_MEMBERS)
+def test_a_run_by_members_is_m_lone_runs(name: str) -> None:
+    """Each member's tensors are its own: no version, no hook and no flag of one reaches another."""
+    check(BY_MEMBERS[name], numbers(4, 4, seed=5), numbers(4, 4, seed=6, grad=False))
