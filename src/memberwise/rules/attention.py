@@ -1,12 +1,18 @@
-"""Attention: members among the batch."""
+"""Attention: members among the batch of torch's CPU kernel; as one node where it has no mask and no dropout.
+
+On other devices torch's own batching folds members into the batch too.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
+from memberwise.engine.signals import Decline
 from memberwise.rules.axis import expanded
+from memberwise.rules.composite import composite
 from memberwise.rules.folding import into_batch, out_of_batch
 from memberwise.rules.registry import register_rule
 
@@ -32,15 +38,67 @@ def _flash_for_cpu(info: Any, in_dims: Any, values: Any, tensors: int, call: Any
     return tuple(out_of_batch(value, size) for value in found), 0
 
 
-@register_rule(_aten._scaled_dot_product_flash_attention_for_cpu.default)
+_flash = _aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_FLASH = 1
+
+
+@register_rule(_flash)
 def flash_attention_for_cpu(info: Any, in_dims: Any, q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> Any:
     """torch has no batching rule for it: with 4 members it ran four times."""
-    call = _aten._scaled_dot_product_flash_attention_for_cpu.default
-    return _flash_for_cpu(info, in_dims, (q, k, v), 3, call, *rest, **named)
+    return _flash_for_cpu(info, in_dims, (q, k, v), 3, _flash, *rest, **named)
 
 
-@register_rule(_aten._scaled_dot_product_flash_attention_for_cpu_backward.default)
+@register_rule(_flash_backward)
 def flash_attention_for_cpu_backward(info: Any, in_dims: Any, *args: Any, **named: Any) -> Any:
     """As `flash_attention_for_cpu`."""
-    call = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    return _flash_for_cpu(info, in_dims, args[:6], 6, call, *args[6:], **named)
+    return _flash_for_cpu(info, in_dims, args[:6], 6, _flash_backward, *args[6:], **named)
+
+
+def _signature(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:  # F.scaled_dot_product_attention's own names
+    if attn_mask is not None or dropout_p or enable_gqa:
+        return Decline("a mask, dropout or grouped queries")
+    if query.device.type != "cpu" or query.ndim != 4 or key.ndim != 4 or value.ndim != 4 or 0 in query.shape:
+        return Decline("off the CPU, or shapes that torch's CPU kernel does not take")
+    return query, key, value, is_causal, scale
+
+
+def _plain(query: Any, key: Any, value: Any, is_causal: bool, scale: float | None) -> torch.Tensor:
+    return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
+
+
+@composite(F.scaled_dot_product_attention, signature=_signature)
+class Attention:
+    """`softmax(q @ k.T * scale) @ v` (Vaswani et al., 2017), by the kernel that torch would choose."""
+
+    plain, lies_as_alone = _plain, True
+
+    @staticmethod
+    def forward(info: Any, in_dims: Any, q: Any, k: Any, v: Any, is_causal: bool, scale: Any) -> Any:
+        if 0 not in in_dims:
+            return Decline("equal in all members")
+        folded = _folded((q, k, v), in_dims, info.batch_size)
+        if _aten._fused_sdp_choice.default(*folded, None, 0.0, is_causal, scale=scale) != _FLASH:
+            return Decline("torch chooses single operations")
+        out, sums = _flash(*folded, 0.0, is_causal, scale=scale)
+        return out_of_batch(out, info.batch_size), (out, sums)
+
+    @staticmethod
+    def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:
+        *tensors, is_causal, scale = inputs
+        folded = _folded(tensors, in_dims, info.batch_size)
+        found = _flash_backward(into_batch(grad), *folded, *kept, 0.0, is_causal, scale=scale)
+        return *(out_of_batch(one, info.batch_size) for one in found), None, None
+
+
+def _folded(values: Any, dims: Any, size: int) -> list[torch.Tensor]:
+    return [into_batch(expanded(value, dim, size)) for value, dim in zip(values, dims, strict=False)]

@@ -10,7 +10,7 @@ A class may also set `saves`, the places of the arguments that backward needs (a
 arrive as None), and then gives `again(needs, inputs, kept, *grads)`: its backward in differentiable torch
 functions on member tensors, for double backward. Without `saves` the layer is run again by single operations.
 `plain` is what is run then, if it is not the torch function itself. Results are taken to be contiguous alone; a
-class whose lone results are not sets `lies_as_alone`, and returns them with a member's part in the lone order.
+class whose lone results are not sets `lies_as_alone`, and returns them, and gradients, in the lone order a member.
 
 `args` are positional as in `signature`; `kept` is a tuple of tensors (or None) for backward; `out` is one stacked
 tensor or a tuple of them. The gradient of a shared argument is returned per member too; who shares it sums.
@@ -152,7 +152,7 @@ class Composite:
         found = _outside(region, self.backward, region, dims, needs, own, kept, grad)
         if record is not None:
             record.note(self.name + "_backward", "rule", "", trace.clock() - start)
-        return [None if grad is None else wrap_contiguous(grad, region) for grad in found]
+        return [None if grad is None else self.wrap(grad, region) for grad in found]
 
     def run_again(self, region: Region, needs: Any, args: Any, kept: Any, grads: Any) -> Any:
         """Gradients that can be differentiated again: the layer anew, by its single operations."""
