@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import memberwise
 from tests.parity.rule_case import RuleCase, case, of, whole
@@ -23,6 +24,10 @@ CASES = [
         name="batch",
         grad=False,
         batch_dims=(0, 0, None, None, None),
+    ),
+    *[case(F.embedding_bag, whole(6, 2, 5), of(6, 3), None, name=mode, mode=mode) for mode in ("sum", "mean", "max")],
+    case(
+        F.embedding_bag, whole(6, 7), of(6, 3), torch.tensor([0, 3, 3, 5]), name="offsets", stacked=[(0, 1), (0,), (1,)]
     ),
 ]
 
