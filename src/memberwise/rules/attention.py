@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from memberwise._torch.dispatch import without_dispatch
 from memberwise.engine.signals import Decline
 from memberwise.rules.axis import expanded
 from memberwise.rules.composite import composite
@@ -87,7 +88,9 @@ class Attention:
         if 0 not in in_dims:
             return Decline("equal in all members")
         folded = _folded((q, k, v), in_dims, info.batch_size)
-        if _aten._fused_sdp_choice.default(*folded, None, 0.0, is_causal, scale=scale) != _FLASH:
+        with without_dispatch():  # it looks at shapes alone, and is tagged as a draw
+            choice = _aten._fused_sdp_choice.default(*folded, None, 0.0, is_causal, scale=scale)
+        if choice != _FLASH:
             return Decline("torch chooses single operations")
         out, sums = _flash(*folded, 0.0, is_causal, scale=scale)
         return out_of_batch(out, info.batch_size), (out, sums)
