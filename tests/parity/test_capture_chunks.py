@@ -204,9 +204,7 @@ def test_auto_takes_the_faster(faster: bool, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(captured._compiled, "backend", "inductor")
     monkeypatch.setattr("memberwise.capture.step.compiler_missing", lambda: "")
     monkeypatch.setattr("memberwise.capture.cache.compile_graph", lambda graph, inputs: graph.forward)
-    monkeypatch.setattr(
-        plan.Planner, "_seconds", lambda self, run: 1.0 if not isinstance(run, plan.Chunks) else 0.5 if faster else 2.0
-    )
+    monkeypatch.setattr(plan.Planner, "_seconds", lambda self, *runs: [1.0, 0.5 if faster else 2.0][: len(runs)])
     x = INPUTS["mlp"][1]()
     for _ in range(4):
         captured((x,), {})
@@ -215,7 +213,7 @@ def test_auto_takes_the_faster(faster: bool, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_auto_does_not_try_what_cannot_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan.Planner, "_seconds", lambda self, run: plan.WORTH * 3.9)
+    monkeypatch.setattr(plan.Planner, "_seconds", lambda self, *runs: [plan.WORTH * 3.9])
     world = training("mlp", "sgd", members=4)
     captured = compile(world.step, backend="fx").captured
     x = INPUTS["mlp"][1]()

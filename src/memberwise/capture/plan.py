@@ -99,14 +99,14 @@ class Planner:
         members = self.whole.members
         if members < 2:
             return whole, "there is one member"
-        seconds = self._seconds(whole)
+        (seconds,) = self._seconds(whole)
         if seconds / members < WORTH:
             return whole, f"all at once: {seconds / members * 1e6:.0f} us a member"
         try:
             single = self.chunks(1)
         except Unfit as reason:
             return whole, f"all at once: one at a time, {reason}"
-        alone = self._seconds(single)
+        seconds, alone = self._seconds(whole, single)
         text = f"{seconds * 1e3:.2f} ms all at once, {alone * 1e3:.2f} ms one at a time"
         return (single, f"one at a time: {text}") if alone < seconds else (whole, f"all at once: {text}")
 
@@ -213,16 +213,18 @@ class Planner:
             if not torch.allclose(ours, theirs, rtol=rtol, atol=atol, equal_nan=True):
                 raise Unfit("its results differ, so members depend on each other")
 
-    def _seconds(self, run: Run) -> float:
-        """The least time of a run, on copies."""
-        inputs = self._copies()
-        best, end = float("inf"), time.perf_counter() + TRIAL
+    def _seconds(self, *runs: Run) -> list[float]:
+        """The least time of each run, on copies, taken in turns: a busy machine slows all of them."""
+        inputs = [self._copies() for _ in runs]
+        best, end = [float("inf")] * len(runs), time.perf_counter() + TRIAL * len(runs)
         with torch.no_grad():
-            run(*inputs)
-            while time.perf_counter() < end:
-                start = time.perf_counter()
-                run(*inputs)
-                best = min(best, time.perf_counter() - start)
+            for run, own in zip(runs, inputs, strict=True):
+                run(*own)
+            while time.perf_counter() < end or best[-1] == float("inf"):
+                for k, (run, own) in enumerate(zip(runs, inputs, strict=True)):
+                    start = time.perf_counter()
+                    run(*own)
+                    best[k] = min(best[k], time.perf_counter() - start)
         return best
 
 
