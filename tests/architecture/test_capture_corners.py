@@ -111,12 +111,35 @@ def test_a_graph_that_writes_to_its_inputs_is_compiled() -> None:
     graph.call_function(torch.ops.aten.add_.Tensor, (view, scaled))
     graph.output((scaled,))
     inputs = [torch.nn.Parameter(torch.ones(2, 3)), torch.ones(3)]
-    run = inductor.compile_graph(fx.GraphModule({}, graph), inputs)
+    run = inductor.compile_graph(fx.GraphModule({}, graph), inputs, lambda: [t.detach().clone() for t in inputs])
     assert torch.equal(inputs[0], torch.ones(2, 3))
     with torch.no_grad():
         (out,) = run(*inputs)
     assert torch.equal(out, torch.full((3,), 2.0))
     assert torch.equal(inputs[0], torch.tensor([[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]]))
+
+
+def test_a_program_that_fails_when_it_runs_is_compiled_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks: an operation that the wrapper in C++ does not know would fail in the middle of a step."""
+    tried = []
+
+    class Compiler:
+        def __call__(self, module, inputs, options):
+            def run(*args):
+                tried.append(options)
+                if options:
+                    raise RuntimeError("no such operation in C++")
+                return module(*args)
+
+            return run
+
+    monkeypatch.setattr("torch._inductor.compile", Compiler())
+    graph = fx.Graph()
+    graph.output((graph.placeholder("x"),))
+    x = torch.ones(2)
+    run = inductor.compile_graph(fx.GraphModule({}, graph), [x], lambda: [x])
+    assert run(x)[0] is x
+    assert tried == [{"cpp_wrapper": True}, {}, {}]
 
 
 def test_a_missing_compiler_is_told() -> None:

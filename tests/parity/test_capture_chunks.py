@@ -203,7 +203,7 @@ def test_auto_takes_the_faster(faster: bool, monkeypatch: pytest.MonkeyPatch) ->
     captured = compile(world.step, backend="fx").captured
     monkeypatch.setattr(captured._compiled, "backend", "inductor")
     monkeypatch.setattr("memberwise.capture.step.compiler_missing", lambda: "")
-    monkeypatch.setattr("memberwise.capture.cache.compile_graph", lambda graph, inputs: graph.forward)
+    monkeypatch.setattr("memberwise.capture.cache.compile_graph", lambda graph, inputs, trial: graph.forward)
     monkeypatch.setattr(plan.Planner, "_seconds", lambda self, *runs: [1.0, 0.5 if faster else 2.0][: len(runs)])
     x = INPUTS["mlp"][1]()
     for _ in range(4):
@@ -223,6 +223,57 @@ def test_auto_does_not_try_what_cannot_pay(monkeypatch: pytest.MonkeyPatch) -> N
     run, text = planner.faster()
     assert run is captured.programs[0].run
     assert "us a member" in text
+
+
+@pytest.mark.parametrize(
+    ("ours", "other", "agree"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], True),
+        ([1.0 + 1e-5, 2.0], [1.0, 2.0], True),  # within the table
+        ([1.01, 2.0], [1.0, 2.0], False),
+        ([1.01, 2.0], [1.005, 2.0], True),  # no more than a nudge does
+        ([float("nan"), 2.0], [1.0, 2.0], False),
+        ([0.5, 2.0], [1.0, 2.0], False),
+    ],
+)
+def test_what_counts_as_rounding(ours: list[float], other: list[float], agree: bool) -> None:
+    assert plan._agree(torch.tensor(ours), torch.tensor([1.0, 2.0]), torch.tensor(other)) == agree
+
+
+def test_each_member_has_a_scale_of_its_own() -> None:
+    """A member whose values are small is not hidden by one whose values are large."""
+    theirs = torch.tensor([[1e6, 2e6], [1e-6, 2e-6]])
+    ours = theirs.clone()
+    ours[1] *= 2
+    assert not plan._agree(ours, theirs, theirs)
+    assert plan._agree(theirs * (1 + 1e-6), theirs, theirs)
+    assert plan._agree(torch.tensor([1, 2]), torch.tensor([1, 2]), torch.tensor([1, 2]))
+    assert not plan._agree(torch.tensor([1, 2]), torch.tensor([1, 3]), torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_that_are_rounding_alone_do_not_forbid_chunks(dtype: torch.dtype) -> None:
+    """A bias before BatchNorm has gradient zero; Adam makes steps of its rounding, and members seem to differ."""
+
+    def make() -> SimpleNamespace:
+        net = build(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), seeds=range(4), dtype=dtype)
+        opt = optim.Adam(net.parameters(), lr=0.1)
+        x = torch.randn(16, 3, dtype=dtype)
+
+        def step() -> torch.Tensor:
+            opt.zero_grad()
+            losses = net(x).pow(3).mean((1, 2))
+            losses.sum().backward()
+            opt.step()
+            return losses
+
+        return SimpleNamespace(step=step)
+
+    torch.manual_seed(0)
+    captured = compile(make().step, chunk=1, backend="fx")
+    for _ in range(4):
+        captured()
+    assert captured.captured.plans == ["1 at a time, as told"]
 
 
 @pytest.mark.parametrize("chunk", [0, -1, True, 1.5, "all"])

@@ -20,11 +20,13 @@ class Compiled:
         self.backend = backend
         self._entries: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 
-    def get(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
-        """The compiled `graph`; nothing runs on `inputs`."""
+    def get(
+        self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Callable[[], Sequence[torch.Tensor]]
+    ) -> Callable[..., Any]:
+        """The compiled `graph`. Nothing runs on `inputs`; it has run once on what `trial()` gives."""
         key = structure(graph, inputs)
         if key not in self._entries:
-            self._entries[key] = graph.forward if self.backend == "fx" else compile_graph(graph, inputs)
+            self._entries[key] = graph.forward if self.backend == "fx" else compile_graph(graph, inputs, trial)
         self._entries.move_to_end(key)
         while len(self._entries) > self.size:
             self._entries.popitem(last=False)

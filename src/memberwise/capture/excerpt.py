@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from memberwise.capture.places import Place
+from memberwise.capture.program import copied
 from memberwise.engine.slots import Slots
 
 
@@ -78,9 +79,7 @@ class Excerpt:
 
     def _first(self, tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
         """A copy of the first members, in the memory order of the view that a replay will hand over."""
-        view = tensor if dim is None else tensor.narrow(dim, 0, self.size)
-        copy = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype, device=view.device)
-        return copy.copy_(view)
+        return copied(tensor if dim is None else tensor.narrow(dim, 0, self.size))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -18,7 +18,7 @@ from torch import fx
 
 from memberwise._torch.identity import memory_key
 from memberwise.capture.excerpt import Excerpt, Stacked
-from memberwise.capture.program import Program
+from memberwise.capture.program import Program, copied
 from memberwise.testing.tolerance import tolerance
 
 Run = Callable[..., Sequence[torch.Tensor]]
@@ -29,6 +29,10 @@ less (a step with AdamW of an MLP, M = 1: 90 to 110 us), and to compile another 
 
 TRIAL = 0.2
 """Seconds for which each candidate is timed."""
+
+
+NOISE = 10
+"""How many times as much as after a nudge of all inputs in their last bit the results of chunks may differ."""
 
 
 class Unfit(Exception):
@@ -84,7 +88,7 @@ class Planner:
         whole: Program,
         values: Sequence[torch.Tensor],
         record: Callable[[], Program],
-        compiled: Callable[[fx.GraphModule, Sequence[torch.Tensor]], Run],
+        compiled: Callable[[fx.GraphModule, Sequence[torch.Tensor], Callable[[], Sequence[torch.Tensor]]], Run],
         marked: Sequence[Stacked],
     ) -> None:
         self.whole = whole
@@ -169,7 +173,12 @@ class Planner:
         if any(changed and dim is None for changed, (_, dim) in zip(is_written, sources, strict=True)):
             raise Unfit("it writes to a tensor that all members share")
         inputs = [self.values[k] if dim is None else self.values[k].narrow(dim, 0, size) for k, dim in sources]
-        return self.compiled(part.graph, inputs), sources
+        written = [memory_key(self.values[k]) in whole.written for k, _ in sources]
+        trial = lambda: [copied(x) if own else x for x, own in zip(inputs, written, strict=True)]  # noqa: E731 # short
+        try:
+            return self.compiled(part.graph, inputs, trial), sources
+        except Exception as error:  # whatever the compiler cannot do
+            raise Unfit(f"it cannot be compiled for {size}: {error}") from error
 
     def _position(self, part: Program, index: int) -> int:
         """The input of the whole program that is input `index` of the part's."""
@@ -194,23 +203,24 @@ class Planner:
         return self.whole.run
 
     def _copies(self) -> list[torch.Tensor]:
-        """The inputs, those that are written to as copies."""
-        written = self.whole.written
-        return [_copy(value) if memory_key(value) in written else value for value in self.values[: self.whole.count]]
+        return self.whole.copies(self.values)
 
     def _compare(self, chunks: Chunks, members: int) -> None:
-        """Find the outputs' member axes; raises `Unfit` unless chunks give what the whole gives."""
-        expected, found = self._copies(), self._copies()
+        """Find the outputs' member axes; raises `Unfit` unless chunks give what the whole gives.
+
+        As it does, within rounding: by the table, or by what a nudge of all inputs in their last bit changes. (Where a
+        gradient is nothing but rounding, of a bias before BatchNorm, Adam makes whole steps of it.)
+        """
+        expected, nudged, found = self._copies(), [_nudged(value) for value in self._copies()], self._copies()
         with torch.no_grad():
-            outputs, parts = self._run()(*expected), chunks.parts(*found)
+            outputs, others, parts = self._run()(*expected), self._run()(*nudged), chunks.parts(*found)
         axes = [_axis(out.shape, own.shape, members, chunks.size) for out, own in zip(outputs, parts[0], strict=True)]
         if None in axes:
             raise Unfit("it returns or keeps a value that is not one a member")
         chunks.axes = [axis for axis in axes if axis is not None]
         joined = [torch.cat(column, dim) for column, dim in zip(zip(*parts, strict=True), chunks.axes, strict=True)]
-        for ours, theirs in zip((*joined, *found), (*outputs, *expected), strict=True):
-            rtol, atol = tolerance(theirs.dtype)
-            if not torch.allclose(ours, theirs, rtol=rtol, atol=atol, equal_nan=True):
+        for ours, theirs, other in zip((*joined, *found), (*outputs, *expected), (*others, *nudged), strict=True):
+            if not _agree(ours, theirs, other):
                 raise Unfit("its results differ, so members depend on each other")
 
     def _seconds(self, *runs: Run) -> list[float]:
@@ -228,10 +238,32 @@ class Planner:
         return best
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in the same memory order."""
-    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return copy.copy_(tensor.detach())
+def _nudged(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in which each number is larger or smaller by its last bit."""
+    if not tensor.is_floating_point():
+        return tensor
+    generator = torch.Generator(tensor.device).manual_seed(0)
+    up = torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device).to(tensor.dtype)
+    return copied(tensor).mul_(1 + (2 * up - 1) * torch.finfo(tensor.dtype).eps)
+
+
+def _agree(ours: torch.Tensor, theirs: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether `ours` differs from `theirs` by rounding; `other` is `theirs` after a nudge of the inputs."""
+    if not (theirs.is_floating_point() or theirs.is_complex()):
+        return torch.equal(ours, theirs)
+    if not theirs.numel():
+        return True
+    if not torch.equal(ours.isfinite(), theirs.isfinite()):
+        return False
+    difference, noise, scale = map(_largest, (ours - theirs, other - theirs, theirs))
+    allowed = torch.maximum(tolerance(theirs.dtype)[0] * scale, NOISE * noise)
+    return bool((difference <= allowed).all())
+
+
+def _largest(tensor: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each row, of those that are finite."""
+    rows = tensor.reshape(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.reshape(1, -1)
+    return rows.abs().nan_to_num(0.0, 0.0, 0.0).amax(1)
 
 
 def _axis(all_of: Sequence[int], few: Sequence[int], members: int, size: int) -> int | None:

@@ -132,6 +132,10 @@ class Program:
         self.fixed_written = {memory_key(value) for value in stays} & self.written
         self.check = tensor_check(self.values)
 
+    def copies(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The graph's inputs among `values`, those that it writes to as copies in the same memory order."""
+        return [copied(value) if memory_key(value) in self.written else value for value in values[: self.count]]
+
     def match(self, arguments: Arguments) -> list[torch.Tensor] | None:
         """The values of this call, if the recording stands for it; else None."""
         if not self.arguments.like(arguments) or Setting.now() != self.setting:
@@ -218,6 +222,12 @@ class Program:
 def hooks_on(leaves: Sequence[torch.Tensor]) -> list[Any]:
     """The hooks on each tensor, as values."""
     return [tuple(None if held is None else dict(held) for held in _hooks_of(leaf)) for leaf in leaves]
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the same memory order."""
+    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor.detach())
 
 
 def _resolve(leaf: Any, outputs: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Any:

@@ -86,7 +86,7 @@ class CapturedStep(Unfollowed):
             self._warn("MW502", what, "Install g++ or clang++, or name a compiler in the variable CXX")
             return
         try:
-            program.run = self._compiled.get(program.graph, values[: program.count])
+            program.run = self._compiled.get(program.graph, values[: program.count], lambda: program.copies(values))
         except Exception as error:  # whatever the compiler cannot do, the step can
             program.eager = True
             refusal = Refusal("not-compiled", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
