@@ -9,11 +9,16 @@ from tests.parity.rule_case import RuleCase, case, of, whole
 
 _aten = torch.ops.aten
 
+_WRITTEN = {"state": (0,), "stacked": [(0, 2, 3), (0, 2), (0, 3), (0,)]}
+
 CASES = [
     case(_aten.gather.default, of(3, 4), 1, whole(4, 3, 2)),
     case(_aten.scatter.src, of(3, 4), 1, whole(4, 3, 2), of(3, 2)),
     case(_aten.scatter.value, of(3, 4), 1, whole(4, 3, 2), 2.5),
     case(_aten.scatter_add.default, of(3, 4), 0, whole(3, 2, 4), of(2, 4)),
+    case(_aten.scatter_.src, of(3, 4), 1, whole(4, 3, 2), of(3, 2), **_WRITTEN),
+    case(_aten.scatter_.value, of(3, 4), 1, whole(4, 3, 2), 2.5, state=(0,), stacked=[(0, 2), (0,)]),
+    case(_aten.scatter_add_.default, of(3, 4), 0, whole(3, 2, 4), of(2, 4), **_WRITTEN),
     case(_aten.index_select.default, of(3, 4), 1, torch.tensor([3, 1, 1]), declines=True),
     case(_aten.select_backward.default, of(3), [3, 4], 1, -2),
     case(_aten.select_backward.default, of(), [3], 0, 1, name="of numbers"),

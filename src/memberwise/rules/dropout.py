@@ -13,8 +13,8 @@ from memberwise.rules.folding import is_among_channels
 
 
 def _signature(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:  # F.dropout's names
-    if not training or inplace or not 0 < p < 1 or input.numel() == 0:
-        return Decline("nothing is drawn, or it is in place")
+    if not training or inplace or not 0 < p < 1 or input.numel() == 0 or not input.is_floating_point():
+        return Decline("nothing is drawn, it is in place, or complex")
     return input, p
 
 

@@ -66,7 +66,10 @@ def _gather(call: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-for _op in (_aten.gather.default, _aten.scatter.src, _aten.scatter.value, _aten.scatter_add.default):
+for _op in (
+    *(_aten.gather.default, _aten.scatter.src, _aten.scatter.value, _aten.scatter_add.default),
+    *(_aten.scatter_.src, _aten.scatter_.value, _aten.scatter_add_.default),
+):
     register_rule(_op, _gather(_op))
 
 

@@ -14,7 +14,9 @@ from memberwise.rules.matmul import batched, batched_plus
 
 
 def _signature(input: Any, weight: Any, bias: Any = None) -> Any:  # F.linear's own name
-    return (input, weight, bias) if weight.ndim == 2 and input.ndim >= 1 else Decline("weight is no matrix")
+    if weight.ndim != 2 or input.ndim < 1 or input.is_complex() or 0 in weight.shape:
+        return Decline("complex, or a weight that is empty or no matrix")
+    return input, weight, bias
 
 
 @composite(F.linear, signature=_signature)

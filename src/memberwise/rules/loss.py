@@ -182,8 +182,8 @@ def _mse_signature(
 ) -> Any:  # F.mse_loss's own names
     if size_average is not None or reduce is not None or weight is not None or reduction not in REDUCTIONS:
         return Decline("a weight, or a deprecated argument")
-    if input.shape != target.shape or input.dtype != target.dtype:
-        return Decline("input and target of other shape or type, of which torch warns")
+    if input.shape != target.shape or input.dtype != target.dtype or input.is_complex():
+        return Decline("complex, or input and target of other shape or type, of which torch warns")
     if reduction == "none" and not (input.is_contiguous() and target.is_contiguous()):
         return Decline("the result keeps an order that is not contiguous")
     return input, target, REDUCTIONS[reduction]

@@ -30,7 +30,7 @@ def _folded(call: Callable[..., Any], space: int, places: tuple[int, ...]) -> An
         for place in places:
             values[place] = expanded(values[place], in_dims[place], size)
         if any(is_channels_last(values[place]) for place in places):
-            return Decline("memory in channels_last order")
+            return Decline("memory in channels_last order", by_member=True)
         if values[0].ndim == space + 2:  # one sample a member, no batch: members are one
             return call(*values), 0
         channels = is_among_channels(values[places[-1]])

@@ -145,6 +145,16 @@ def stack(info: Any, in_dims: Any, tensors: Any, dim: int = 0) -> Any:
     return torch.stack(parts, dim % parts[0].ndim + 1), 0
 
 
+@register_rule(_aten.roll.default)
+def roll(info: Any, in_dims: Any, x: torch.Tensor, shifts: Any, dims: Any = ()) -> Any:
+    """torch's batching rolls the members themselves where each is one number."""
+    if x.ndim == 1:
+        return x.clone(), 0
+    if len(dims) == 0:
+        return x.flatten(1).roll(shifts, 1).view(x.shape), 0
+    return x.roll(shifts, shift_all(dims, x.ndim - 1)), 0
+
+
 @register_rule(_aten.as_strided.default)
 def as_strided(info: Any, in_dims: Any, x: torch.Tensor, size: Any, stride: Any, offset: Any = None) -> Any:
     """torch's batching takes the member axis anywhere, and copies; here each member has its own stretch of
