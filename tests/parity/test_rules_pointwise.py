@@ -16,6 +16,9 @@ from tests.parity.rule_case import RuleCase, case, of, positive, whole
 _aten = torch.ops.aten
 _INTEGER = ("bitwise", "gcd", "lcm")
 _SHAPES = ((3, 4), (4,), (3, 1))
+_EQUAL_AT_TIMES = ("eq", "ne", "le", "lt", "ge", "gt", "logical", "maximum", "minimum", "fmax", "fmin", "heaviside")
+_SIGNED = ("abs", "sign", "sgn", "signbit", "relu", "neg", "ceil", "floor", "round", "trunc", "clamp", "hard", "leaky")
+_UNUSUAL = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, 1.0, -2.5], dtype=torch.float64)
 _MASK = of(3, 4) > 0
 
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
@@ -26,6 +29,9 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "elu_backward": (of(3, 4), 1.0, 1.0, 1.0, False, of(3, 4, seed=1)),
     "fill.Tensor": (of(3, 4), of()),
     "fill_.Tensor": (of(3, 4), of()),
+    "isinf": (_UNUSUAL,),
+    "isnan": (_UNUSUAL,),
+    "nan_to_num": (_UNUSUAL,),
     "full_like": (of(3, 4), 2.5),
     "log_sigmoid_backward": (of(3, 4), of(3, 4, seed=1), (-of(3, 4, seed=1).abs()).exp()),
     "masked_fill.Scalar": (of(3, 4), _MASK, 2.5),
@@ -36,9 +42,6 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "_prelu_kernel": (of(3, 4), of(4)),
     "_to_copy": (of(3, 4),),
     "where.self": (_MASK, of(3, 4), of(4)),
-    "where.ScalarOther": (_MASK, of(3, 4), 0.5),
-    "where.ScalarSelf": (_MASK, 0.5, of(3, 4)),
-    "where.Scalar": (_MASK, 0.5, 1.5),
     "zero_": (of(3, 4),),
 }
 KEYWORDS: dict[str, dict[str, Any]] = {
@@ -62,25 +65,29 @@ def _name(op: Any) -> str:
     return base if overload == "default" else f"{base}.{overload}"
 
 
-def _argument(kind: str, place: int, integer: bool) -> Any:
+def _argument(name: str, kind: str, place: int) -> Any:
     """A value for one entry of a schema; tensors after the first have fewer dimensions."""
+    integer = name.startswith(_INTEGER)
     if kind.startswith(("Tensor", "Optional[Tensor]")):
         shape = _SHAPES[place]
+        if name.startswith(_EQUAL_AT_TIMES):
+            return whole(3, *shape).double()
+        if name.startswith(_SIGNED):
+            return 2 * of(*shape, seed=place)
         return whole(7, *shape) + 1 if integer else positive(*shape, seed=place)
     if kind in ("number", "Scalar", "Optional[number]"):
-        return 2 if integer else 0.7
+        return 2 if integer else 1 if name.startswith(_EQUAL_AT_TIMES) else 0.7
     return {"int": 2, "float": 0.7, "bool": False, "str": "none", "Optional[float]": 0.2}.get(kind)
 
 
 def _made(op: Any) -> RuleCase:
     name = _name(op)
     schema = op._schema
-    integer = schema.name.removeprefix("aten::").startswith(_INTEGER)
     args = ARGUMENTS.get(name)
     if args is None:
         needed = [arg for arg in schema.arguments if not arg.kwarg_only]
         needed = [arg for arg in needed if not arg.has_default_value() or str(arg.type) == "Optional[number]"]
-        args = tuple(_argument(str(arg.type), place, integer) for place, arg in enumerate(needed))
+        args = tuple(_argument(name, str(arg.type), place) for place, arg in enumerate(needed))
     places = [k for k, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
     options: dict[str, Any] = dict(KEYWORDS.get(name, {}))
     if name == "log_sigmoid_backward":

@@ -45,9 +45,16 @@ class Strategy(Protocol):
         ...
 
     def backward(
-        self, direction: Direction, rows: Any, out: Any, saved: Sequence[Any], grad: Any, last: Sequence[Any]
-    ) -> tuple[list[Any], list[Any], torch.Tensor]:
-        """Gradients of the four weights, of the initial states, and of the input rows."""
+        self,
+        direction: Direction,
+        rows: Any,
+        out: Any,
+        saved: Sequence[Any],
+        grad: Any,
+        last: Sequence[Any],
+        deep: bool,
+    ) -> tuple[list[Any], list[Any], Any]:
+        """Gradients of the four weights, of the initial states, and (if `deep`) of the input rows."""
         ...
 
 
@@ -88,8 +95,15 @@ class Batched:
         return torch.stack(hidden, 1), states, saved
 
     def backward(
-        self, direction: Direction, rows: Any, out: Any, saved: Sequence[Any], grad: Any, last: Sequence[Any]
-    ) -> tuple[list[Any], list[Any], torch.Tensor]:
+        self,
+        direction: Direction,
+        rows: Any,
+        out: Any,
+        saved: Sequence[Any],
+        grad: Any,
+        last: Sequence[Any],
+        deep: bool,
+    ) -> tuple[list[Any], list[Any], Any]:
         steps = rows.shape[1]
         before = self._before(direction, out)
         grads = [None] * steps if grad is None else grad.unbind(1)
@@ -103,7 +117,7 @@ class Batched:
             inputs.sum(1),
             hidden.sum(1),
         ]
-        return weights, states, batched(inputs, direction.weight).reshape(rows.shape)
+        return weights, states, batched(inputs, direction.weight).reshape(rows.shape) if deep else None
 
     def _before(self, direction: Direction, out: torch.Tensor) -> torch.Tensor:
         """`(M, T, B, H)`: the hidden state that each step starts from."""
@@ -129,8 +143,15 @@ class Apart:
         return out, [torch.stack(saved[0::3]), torch.stack(saved[1::3])], saved
 
     def backward(
-        self, direction: Direction, rows: Any, out: Any, saved: Sequence[Any], grad: Any, last: Sequence[Any]
-    ) -> tuple[list[Any], list[Any], torch.Tensor]:
+        self,
+        direction: Direction,
+        rows: Any,
+        out: Any,
+        saved: Sequence[Any],
+        grad: Any,
+        last: Sequence[Any],
+        deep: bool,
+    ) -> tuple[list[Any], list[Any], Any]:
         columns, biases = _members(direction, rows)
         hidden, size = direction.recurrent.shape[2], rows.shape[0]
         given = (saved[0::3], saved[1::3], *(_spread(g, size) for g in (grad, *last)), saved[2::3])

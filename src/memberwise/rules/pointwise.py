@@ -43,8 +43,11 @@ _prelu_kernel _prelu_kernel_backward
 """)
 
 _SKIPPED = {"copy_", "fill_"}
-_ELSEWHERE = {_aten.masked_fill.Tensor, _aten.masked_fill_.Tensor, _aten.where.default}
-"""Overloads with a rule of their own, or (`where(mask)`) that are another operation."""
+_ELSEWHERE = {
+    *(_aten.masked_fill.Tensor, _aten.masked_fill_.Tensor),
+    *(_aten.where.default, _aten.where.Scalar, _aten.where.ScalarOther, _aten.where.ScalarSelf),
+}
+"""Overloads with a rule of their own, that are another operation (`where(mask)`), or are made of others."""
 
 
 def _is_servable(overload: Any) -> bool:

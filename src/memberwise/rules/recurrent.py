@@ -59,39 +59,36 @@ class _Call:
         final = [torch.stack(column, 1) for column in zip(*last, strict=True)]
         return (rows.transpose(1, 2) if self.batch_first else rows, *final), kept
 
-    def backward(self, kept: Sequence[torch.Tensor], grads: Sequence[Any]) -> list[Any]:
-        """One gradient an argument."""
+    def backward(self, kept: Sequence[torch.Tensor], grads: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
+        """One gradient an argument that needs it."""
         grad, *final = grads
         grad = grad.transpose(1, 2) if self.batch_first and grad is not None else grad
-        of_weights: list[Any] = [None] * len(self.weights)
-        of_states: list[Any] = [None] * (self.layers * self.directions)
+        of_weights: list[Any] = []
+        of_states: list[Any] = []
         for layer in range(self.layers - 1, -1, -1):
             own = kept[layer * self.width : (layer + 1) * self.width]
             rows = kept[(layer - 1) * self.width] if layer else self.rows
-            grad = self._layer_backward(layer, rows, own, grad, final, of_weights, of_states)
-        found = grad.transpose(1, 2) if self.batch_first else grad
+            found = self._layer_backward(layer, rows, own, grad, final, layer > 0 or needs[0])
+            of_weights = [one for weights, _, _ in found for one in weights[: self.per_direction]] + of_weights
+            of_states = [states for _, states, _ in found] + of_states
+            grad = sum(back for _, _, back in found) if layer or needs[0] else None
+        grad = grad.transpose(1, 2) if self.batch_first and grad is not None else grad
         states = [torch.stack(column, 1) for column in zip(*of_states, strict=True)]
-        return [found, None, None, None, None, *states, *of_weights]
+        every = [grad, None, None, None, None, *states, *of_weights]
+        return [one if needed else None for one, needed in zip(every, needs, strict=True)]
 
-    def _layer_backward(
-        self, layer: int, rows: Any, kept: Any, grad: Any, final: Any, of_weights: list[Any], of_states: list[Any]
-    ) -> torch.Tensor:
-        """The gradient of a layer's input rows; those of its weights and states are put into the lists."""
+    def _layer_backward(self, layer: int, rows: Any, kept: Any, grad: Any, final: Any, deep: bool) -> list[Any]:
+        """For each direction the gradients of its weights, states, and input rows."""
         out, *saved = kept
-        each, features, below = len(saved) // self.directions, out.shape[-1] // self.directions, None
+        each, features, found = len(saved) // self.directions, out.shape[-1] // self.directions, []
         for side in range(self.directions):
             k = layer * self.directions + side
             part = slice(side * features, (side + 1) * features)
             last = [None if one is None else one[:, k] for one in final]
             own_grad = None if grad is None else grad[..., part]
-            own_saved = saved[side * each : (side + 1) * each]
-            found = self.strategy.backward(self.direction(k), rows, out[..., part], own_saved, own_grad, last)
-            weights, of_states[k], back = found
-            start = k * self.per_direction
-            of_weights[start : start + self.per_direction] = weights[: self.per_direction]
-            below = back if below is None else below + back
-        assert below is not None
-        return below
+            given = self.direction(k), rows, out[..., part], saved[side * each : (side + 1) * each], own_grad, last
+            found.append(self.strategy.backward(*given, deep))
+        return found
 
 
 def _signature(cell: Cell) -> Any:
@@ -129,7 +126,7 @@ def _make(cell: Cell) -> None:
         return _Call(cell, args, in_dims, info.batch_size).forward()
 
     def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grads: Any) -> Any:
-        return _Call(cell, inputs, in_dims, info.batch_size).backward(kept, grads)
+        return _Call(cell, inputs, in_dims, info.batch_size).backward(kept, grads, needs)
 
     rule = {"forward": forward, "backward": backward, "plain": plain}
     members = {name: staticmethod(function) for name, function in rule.items()}

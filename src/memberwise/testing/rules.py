@@ -84,7 +84,7 @@ def check_rule(
     Args:
         op: an operator (`torch.ops.aten.mm.default`, or a custom op), or a torch function with a composite rule.
         sample: tensors, lists of tensors and other values, as one member passes them. Members get other values:
-            floats in another order and scale, integers and bools in another order, so that indices stay in range.
+            floats in another order and scale, integers in another order, so that indices stay in range, masks turned.
         batch_dims: for each of `sample`, the dimension that is the batch, or None.
         stacked: the places of the tensors to stack in each run, instead of every combination.
         state: places of tensors that take no gradient (and are written, mostly).
@@ -353,10 +353,12 @@ def _leaf(value: torch.Tensor, tracked: bool) -> torch.Tensor:
 
 
 def _members(value: torch.Tensor, size: int) -> torch.Tensor:
-    """`size` members' values from one: another order and scale each, so that signs and ranges stay."""
+    """`size` members' values from one: another order and scale each, so that signs and ranges stay; masks turn."""
     rows = [value.flatten().roll(i).view(value.shape) for i in range(size)]
     if value.is_floating_point():
         rows = [row * (1 + i / 4) for i, row in enumerate(rows)]
+    if value.dtype is torch.bool:
+        rows = [row ^ bool(i % 2) for i, row in enumerate(rows)]
     return torch.stack(rows)
 
 
