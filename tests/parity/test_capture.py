@@ -399,3 +399,23 @@ def test_torchs_adam_reads_its_counts_and_says_where() -> None:
     with pytest.warns(UserWarning, match=r"opt.step\(\)  # torch's own"):
         for _ in range(4):
             twins.call(INPUTS["mlp"][1]())
+
+
+def test_recurrent_layers_are_recorded_as_operations_that_compilers_take() -> None:
+    def make() -> SimpleNamespace:
+        net = nn.LSTM(3, 5, batch_first=True)
+
+        def step(x: torch.Tensor) -> torch.Tensor:
+            net.zero_grad()
+            loss = net(x)[0].pow(2).mean()
+            loss.backward()
+            return loss
+
+        return SimpleNamespace(step=step, net=net)
+
+    twins = Twins(make, exact=False)
+    for _ in range(4):
+        twins.call(torch.randn(4, 6, 3))
+    names = {str(node.target) for node in twins.captured.programs[0].graph.graph.nodes}
+    assert not any("rnn" in name for name in names), names
+    assert torch.backends.mkldnn.enabled or not torch.backends.mkldnn.is_available()

@@ -73,7 +73,8 @@ class Recorder(DispatchMode):
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # a cached cast is a tensor that no operation shows
         try:
-            with self.reads, self:
+            # oneDNN's recurrent layers are one opaque operation, which no compiler takes; the others are recorded alike
+            with torch.backends.mkldnn.flags(enabled=False), self.reads, self:
                 out = step()
         finally:
             torch.set_autocast_cache_enabled(cached)
