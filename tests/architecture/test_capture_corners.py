@@ -142,6 +142,22 @@ def test_a_program_that_fails_when_it_runs_is_compiled_otherwise(monkeypatch: py
     assert tried == [{"cpp_wrapper": True}, {}, {}]
 
 
+def test_recurrent_layers_without_onednn() -> None:
+    """Breaks: steps with a recurrent layer of torch's own are not compiled."""
+    seen = []
+
+    class Mode(DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    layer, x = torch.nn.LSTM(3, 4), torch.ones(2, 1, 3)
+    with inductor.without_onednn(), Mode():
+        layer(x)
+    assert seen and not any("mkldnn" in name for name in seen)
+    assert torch.backends.mkldnn.enabled == torch.backends.mkldnn.is_available()
+
+
 def test_a_missing_compiler_is_told() -> None:
     """Breaks: a step would fail, or wait, where it should say that it runs eagerly."""
     code = "from memberwise._torch.inductor import compiler_missing; print(compiler_missing() or 'found')"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +48,21 @@ def _compile(
     run: Any = compiled
     run(*trial())
     return run
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Let operations not choose oneDNN: its recurrent layers are one opaque operation that Inductor does not take.
+
+    (`torch.backends.mkldnn.flags` sets three other flags as well, and warns of one.) Operations that choose inside,
+    as convolutions do, are the same to who looks on.
+    """
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def compiler_missing() -> str:

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from memberwise._torch.dispatch import DispatchMode
 from memberwise._torch.identity import is_plain, memory_key, stream_key
+from memberwise._torch.inductor import without_onednn
 from memberwise._torch.pytree import tree_flatten, tree_unflatten
 from memberwise.capture.draws import Draw, Streams, state_of
 from memberwise.capture.reads import HostReads
@@ -73,8 +74,7 @@ class Recorder(DispatchMode):
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # a cached cast is a tensor that no operation shows
         try:
-            # oneDNN's recurrent layers are one opaque operation, which no compiler takes; the others are recorded alike
-            with torch.backends.mkldnn.flags(enabled=False), self.reads, self:
+            with without_onednn(), self.reads, self:
                 out = step()
         finally:
             torch.set_autocast_cache_enabled(cached)
