@@ -291,8 +291,8 @@ class Reach:
         holder = Prepared(value)
         for index, tensor in enumerate(holder.tensors):
             self._tensor(f"{label}.capture_state()[{index}]", tensor, None)
-        for name in ("signature", "state"):
-            self._hold(holder, [Attribute(holder, name, f"the {name} of {label}")], follow=False)
+        places: list[Place] = [Attribute(holder, name, f"the {name} of {label}") for name in ("signature", "state")]
+        self._hold(holder, places, follow=False)  # one row: a place alone in its row is read twice
         members = value.members
         parameters = [p for group in value.param_groups for p in group["params"]]
         self.stacked += [
