@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from memberwise.rules import pooling
 from tests.parity.rule_case import RuleCase, case, of
 
 _aten = torch.ops.aten
@@ -43,10 +44,52 @@ CASES = [
     ),
 ]
 
+HALVED = [
+    case(_max2.default, of(2, 3, 4, 6), [2, 2], batch_dims=(0, None)),
+    case(_max2.default, of(2, 3, 4, 6), [2], [2], [0], 1, False),
+    case(_max2.default, of(3, 4, 6), [2, 2], name="no batch"),
+    case(_max2.default, (of(2, 3, 6, 6) * 2).round(), [2, 2], [2, 2], name="equal values"),
+]
+UNHALVED = {
+    "odd": (of(2, 3, 5, 6), [2, 2]),
+    "overlapping": (of(2, 3, 6, 6), [2, 2], [1, 1]),
+    "wide": (of(2, 3, 6, 6), [2, 3]),
+    "padded": (of(2, 3, 6, 6), [2, 2], [2, 2], [1, 1]),
+    "dilated": (of(2, 3, 6, 6), [2, 2], [2, 2], [0, 0], [2, 2]),
+    "ceiled": (of(2, 3, 5, 6), [2, 2], [2, 2], [0, 0], [1, 1], True),
+}
+
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_rule(case: RuleCase) -> None:
     case.check()
+
+
+@pytest.mark.parametrize("case", HALVED, ids=str)
+def test_windows_of_two_by_two(case: RuleCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+    by_halves = pooling.by_halves
+    monkeypatch.setattr(pooling, "_MANY", 0)
+    monkeypatch.setattr(pooling, "by_halves", lambda x: served.append(x) or by_halves(x))
+    case.check()
+    assert served
+
+
+@pytest.mark.parametrize("name", UNHALVED)
+def test_other_windows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pooling, "_MANY", 0)
+    monkeypatch.setattr(pooling, "by_halves", None)
+    case(_max2.default, *UNHALVED[name]).check()
+
+
+def test_equal_values_and_nan_in_windows_of_two_by_two() -> None:
+    """All 4 ** 4 windows of four values: the first of equal ones counts, the last NaN, and nothing else."""
+    values = torch.tensor([-1.0, 0.0, 2.0, float("nan")], dtype=torch.float64)
+    windows = torch.cartesian_prod(values, values, values, values).view(1, -1, 2, 2)
+    expected, places = _max2.default(windows, [2, 2])
+    ours, own_places = pooling.by_halves(windows)
+    assert torch.equal(places, own_places)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_members_that_lie_among_the_channels_are_pooled_there() -> None:

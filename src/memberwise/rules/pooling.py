@@ -20,6 +20,7 @@ from memberwise.rules.folding import (
 from memberwise.rules.registry import LONE_CONTIGUOUS, register_rule
 
 _aten = torch.ops.aten
+_MANY = 1 << 16
 
 
 def _folded(call: Callable[..., Any], space: int, places: tuple[int, ...]) -> Any:
@@ -43,6 +44,48 @@ def _folded(call: Callable[..., Any], space: int, places: tuple[int, ...]) -> An
     return rule
 
 
+def _max_pool2d(folded: Any) -> Any:
+    def rule(info: Any, in_dims: Any, x: torch.Tensor, *window: Any) -> Any:
+        """In windows of two by two torch's CPU kernel looks at each value in turn: 5.7 ms for (16, 32, 8, 16, 16),
+        where comparing columns and then rows takes 3.0."""
+        if _is_two_by_two(*window) and _is_halved(x):
+            return by_halves(x), 0
+        return folded(info, in_dims, x, *window)
+
+    return rule
+
+
+def _is_two_by_two(kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False) -> bool:
+    given = (kernel, 2), (stride or kernel, 2), (padding, 0), (dilation, 1)
+    return all(set(value if isinstance(value, list | tuple) else (value,)) == {wanted} for value, wanted in given)
+
+
+def _is_halved(x: torch.Tensor) -> bool:
+    """Whether `by_halves` serves, and wins: from some ten thousand results on."""
+    even = x.shape[-1] % 2 == 0 and x.shape[-2] % 2 == 0
+    return even and x.numel() >= _MANY and x.device.type == "cpu" and x.is_floating_point()
+
+
+def by_halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maxima and their places, as `max_pool2d_with_indices` gives them, of windows of two by two.
+
+    The first of equal values counts, and a NaN more than any number: columns are compared before rows.
+    """
+    width = x.shape[-1]
+    rows, right = _larger(x[..., 0::2], x[..., 1::2])
+    out, lower = _larger(rows[..., 0::2, :], rows[..., 1::2, :])
+    above = right[..., 0::2, :]
+    right = above ^ ((above ^ right[..., 1::2, :]) & lower)  # of the row that won; `where` takes 10 times as long
+    corner = torch.arange(0, x.shape[-2] * width, 2 * width, device=x.device).unsqueeze(1)
+    corner = corner + torch.arange(0, width, 2, device=x.device)
+    return out, right.long().add_(corner).add_(lower, alpha=width)
+
+
+def _larger(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The larger of two, and whether it is the second."""
+    return torch.maximum(first, second), torch.gt(second, first).logical_or_(second != second)
+
+
 _POOLS = {
     "max_pool2d_with_indices": 2,
     "max_pool3d_with_indices": 3,
@@ -62,5 +105,6 @@ def _tensor_places(overload: Any) -> tuple[int, ...]:
 
 for _name, _space in _POOLS.items():
     for _op in (getattr(_aten, _name).default, getattr(_aten, _name + "_backward").default):
-        register_rule(_op, _folded(_op, _space, _tensor_places(_op)))
+        _rule = _folded(_op, _space, _tensor_places(_op))
+        register_rule(_op, _max_pool2d(_rule) if _op is _aten.max_pool2d_with_indices.default else _rule)
         LONE_CONTIGUOUS.add(_op)

@@ -71,7 +71,8 @@ class _Call:
             found = self._layer_backward(layer, rows, own, grad, final, layer > 0 or needs[0])
             of_weights = [one for weights, _, _ in found for one in weights[: self.per_direction]] + of_weights
             of_states = [states for _, states, _ in found] + of_states
-            grad = sum(back for _, _, back in found) if layer or needs[0] else None
+            backs = [back for _, _, back in found]
+            grad = backs[0] if len(backs) == 1 or backs[0] is None else backs[0] + backs[1]
         grad = grad.transpose(1, 2) if self.batch_first and grad is not None else grad
         states = [torch.stack(column, 1) for column in zip(*of_states, strict=True)]
         every = [grad, None, None, None, None, *states, *of_weights]
