@@ -140,6 +140,8 @@ def test_a_program_that_fails_when_it_runs_is_compiled_otherwise(monkeypatch: py
     run = inductor.compile_graph(fx.GraphModule({}, graph), [x], lambda: [x])
     assert run(x)[0] is x
     assert tried == [{"cpp_wrapper": True}, {}, {}]
+    assert inductor.compile_graph(fx.GraphModule({}, graph), [x], None)(x)[0] is x
+    assert tried[3:] == [{}]
 
 
 def test_recurrent_layers_without_onednn() -> None:

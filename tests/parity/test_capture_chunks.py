@@ -276,6 +276,18 @@ def test_gradients_that_are_rounding_alone_do_not_forbid_chunks(dtype: torch.dty
     assert captured.captured.plans == ["1 at a time, as told"]
 
 
+def test_large_state_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memberwise.capture.program.COPIED", 100)
+    world = training("mlp", "sgd", members=4)
+    captured = compile(world.step, backend="fx").captured
+    x = INPUTS["mlp"][1]()
+    for _ in range(3):
+        captured((x,), {})
+    program = captured.programs[0]
+    assert not program.can_copy(program.values)
+    assert "too large" in plan.Planner(program, program.values, None, None, []).faster()[1]  # type: ignore[arg-type] # unused
+
+
 @pytest.mark.parametrize("chunk", [0, -1, True, 1.5, "all"])
 def test_a_wrong_chunk(chunk: Any) -> None:
     with pytest.raises(ValueError, match="MW504"):

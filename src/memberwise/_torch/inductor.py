@@ -23,14 +23,15 @@ when they run (`mkldnn_rnn_layer_backward`); the wrapper in Python has all."""
 
 
 def compile_graph(
-    module: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Callable[[], Sequence[torch.Tensor]]
+    module: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Callable[[], Sequence[torch.Tensor]] | None
 ) -> Callable[..., tuple[torch.Tensor, ...]]:
     """A compiled `module`: same inputs, same outputs, same writes to the inputs.
 
-    Nothing runs on `inputs`; it has run once, on what `trial()` gives, when it is returned.
+    Nothing runs on `inputs`; it has run once, on what `trial()` gives, when it is returned. Without `trial`, it has
+    not, and only the wrapper that has all operations is used.
     """
     with torch.no_grad():
-        for options in _WRAPPERS[:-1]:
+        for options in _WRAPPERS[:-1] if trial else ():
             with contextlib.suppress(Exception):  # what the last wrapper raises is the reason given
                 return _compile(module, inputs, options, trial)
         return _compile(module, inputs, _WRAPPERS[-1], trial)
@@ -40,13 +41,14 @@ def _compile(
     module: fx.GraphModule,
     inputs: Sequence[torch.Tensor],
     options: dict[str, Any],
-    trial: Callable[[], Sequence[torch.Tensor]],
+    trial: Callable[[], Sequence[torch.Tensor]] | None,
 ) -> Callable[..., Any]:
     from torch import _inductor
 
     compiled = _inductor.compile(copy.deepcopy(module), list(inputs), options=options)  # it may change what it gets
     run: Any = compiled
-    run(*trial())
+    if trial is not None:
+        run(*trial())
     return run
 
 

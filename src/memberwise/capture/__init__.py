@@ -41,7 +41,7 @@ def compile(step: Any = None, *, chunk: Any = "auto", backend: str = "inductor")
     and a `StackWarning` says why, and on which line [MW501]. So it is where there is no C++ compiler [MW502].
 
     Returned tensors carry no gradient graph; the backward has to be inside the step. Printing and other side
-    effects happen when a call is recorded, and not when it is replayed.
+    effects happen when a call is recorded (or chunks are tried), and not when it is replayed.
 
     Args:
         step: any function. Tensors among its arguments may differ from call to call; it may be a method.

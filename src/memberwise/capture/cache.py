@@ -21,9 +21,9 @@ class Compiled:
         self._entries: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 
     def get(
-        self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Callable[[], Sequence[torch.Tensor]]
+        self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Callable[[], Sequence[torch.Tensor]] | None
     ) -> Callable[..., Any]:
-        """The compiled `graph`. Nothing runs on `inputs`; it has run once on what `trial()` gives."""
+        """The compiled `graph`. Nothing runs on `inputs`; if there is a `trial`, it has run on what that gives."""
         key = structure(graph, inputs)
         if key not in self._entries:
             self._entries[key] = graph.forward if self.backend == "fx" else compile_graph(graph, inputs, trial)

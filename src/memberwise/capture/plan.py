@@ -102,7 +102,9 @@ class Planner:
         whole = self._run()
         members = self.whole.members
         if members < 2:
-            return whole, "there is one member"
+            return whole, "all at once: fewer than two members are known of"
+        if not self.whole.can_copy(self.values):
+            return whole, "all at once: the state is too large to try chunks on copies"
         (seconds,) = self._seconds(whole)
         if seconds / members < WORTH:
             return whole, f"all at once: {seconds / members * 1e6:.0f} us a member"

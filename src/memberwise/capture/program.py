@@ -19,6 +19,9 @@ from memberwise.capture.places import Place
 from memberwise.engine.slots import Slots
 from memberwise.trees import tree_map
 
+COPIED = 2 << 30
+"""How many bytes of state are copied at most for a trial. Chunks are tried on three such copies."""
+
 _hooks_of = operator.attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
@@ -131,6 +134,11 @@ class Program:
         stays = [value for index, value in enumerate(self.values) if index not in changing]
         self.fixed_written = {memory_key(value) for value in stays} & self.written
         self.check = tensor_check(self.values)
+
+    def can_copy(self, values: Sequence[torch.Tensor]) -> bool:
+        """Whether copies of all that is written to are small enough to be made for a trial."""
+        written = (value for value in values[: self.count] if memory_key(value) in self.written)
+        return sum(value.nbytes for value in written) <= COPIED
 
     def copies(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The graph's inputs among `values`, those that it writes to as copies in the same memory order."""

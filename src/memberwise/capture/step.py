@@ -85,8 +85,9 @@ class CapturedStep(Unfollowed):
             what = f"the step runs eagerly, as no C++ compiler was found to compile it with: {missing}"
             self._warn("MW502", what, "Install g++ or clang++, or name a compiler in the variable CXX")
             return
+        trial = (lambda: program.copies(values)) if program.can_copy(values) else None
         try:
-            program.run = self._compiled.get(program.graph, values[: program.count], lambda: program.copies(values))
+            program.run = self._compiled.get(program.graph, values[: program.count], trial)
         except Exception as error:  # whatever the compiler cannot do, the step can
             program.eager = True
             refusal = Refusal("not-compiled", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
