@@ -125,8 +125,8 @@ class CapturedStep(Unfollowed):
         program, out = self._watched(before, args, kwargs)
         if isinstance(program, Refusal):
             self._refuse(program)
-        else:
-            self._keep(program)
+            return out  # with its graph: the caller may need it
+        self._keep(program)
         return tree_map(_detached, out)
 
     def _watched(self, before: Before, args: Any, kwargs: Any) -> tuple[Program | Refusal, Any]:
