@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from memberwise import rules
 from memberwise.engine import operation
 from memberwise.engine.signals import Decline
 from memberwise.rules.registry import RULES, register_rule
@@ -171,6 +174,14 @@ def test_a_wrong_second_derivative_is_seen() -> None:
             check_rule(F.linear, of(4, 3), of(2, 3), of(2))
     finally:
         call.again = again
+
+
+def test_the_first_rule_of_the_readme() -> None:
+    """Its code runs as it stands."""
+    text = (Path(rules.__file__).parent / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3
+    exec("\n".join(blocks), {})
 
 
 def test_combinations() -> None:

@@ -32,8 +32,8 @@ LONE_CONTIGUOUS.update({_aten.convolution.default, _aten.convolution_backward.de
 def convolution(
     info: Any, in_dims: Any, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, *rest: Any
 ) -> Any:
-    """torch's batching copies each member's result into its own memory, and splits a shared input's filters into
-    groups: CNN with 8 channels, M = 16, the step takes 1.3 times as long with it."""
+    """torch's batching knows grouped calls alone: 14 ms for 12 -> 24 channels, M = 8, where one call a member takes
+    8.8. Where one grouped call is best, it does the same, and takes 10 % longer."""
     x_dim, w_dim, b_dim = in_dims[:3]
     if is_channels_last(expanded(x, x_dim, 1)) or is_channels_last(expanded(weight, w_dim, 1)):
         return _LAST
@@ -95,7 +95,7 @@ def _by_member(x: torch.Tensor, weight: torch.Tensor, bias: Any, b_dim: Any, whe
 
 @register_rule(_aten.convolution_backward.default)
 def convolution_backward(info: Any, in_dims: Any, grad: Any, x: Any, weight: Any, sizes: Any, *where: Any) -> Any:
-    """As `convolution`. torch's batching takes 2.4 times as long for 8 channels, M = 16, shared input."""
+    """As `convolution`: 23 ms by torch's batching, and 15."""
     dims, size, mask = in_dims[:3], info.batch_size, where[-1]
     full = [expanded(value, dim, size) for value, dim in zip((grad, x, weight), dims, strict=True)]
     if any(map(is_channels_last, full)):

@@ -64,7 +64,7 @@ def embedding(
     by_frequency: bool = False,
     sparse: Any = False,
 ) -> Any:
-    """torch's batching shifts indices too, but reads the next member's row where one is out of range."""
+    """torch's batching shifts indices too, and reads another member's row where one is out of range."""
     return lookup(weight, in_dims[0], indices, in_dims[1], padding), 0
 
 

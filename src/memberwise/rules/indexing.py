@@ -52,7 +52,7 @@ def index_fill_(info: Any, in_dims: Any, x: torch.Tensor, dim: int, index: torch
 def _gather(call: Callable[..., Any]) -> Callable[..., Any]:
     """`(x, dim, index, values)`, or without values: each member's own along the dimension after the member axis.
 
-    torch's batching does the same, at 40 us more.
+    torch's batching does the same, at 10 us more.
     """
 
     def rule(info: Any, in_dims: Any, x: torch.Tensor, dim: int, index: torch.Tensor, *rest: Any, **named: Any) -> Any:
@@ -75,7 +75,7 @@ for _op in (
 
 @register_rule(_aten.index_select.default)
 def index_select(info: Any, in_dims: Any, x: torch.Tensor, dim: int, index: torch.Tensor) -> Any:
-    """torch's batching does the same, at 40 us more."""
+    """torch's batching does the same, at 12 us more."""
     if in_dims[2] == 0 or x.ndim == 1:
         return Decline("the index differs between members, or there is one number a member")
     return x.index_select(shifted(dim, x.ndim - 1), index), 0
@@ -83,7 +83,7 @@ def index_select(info: Any, in_dims: Any, x: torch.Tensor, dim: int, index: torc
 
 @register_rule(_aten.select_backward.default)
 def select_backward(info: Any, in_dims: Any, grad: torch.Tensor, size: Any, dim: int, index: int) -> Any:
-    """torch's batching splits it in two, and costs 130 us where this takes 10."""
+    """torch's batching does the same, at 14 us more; a loss on an LSTM's last step ends in it."""
     whole = [info.batch_size, *size]
     return _aten.select_backward.default(grad, whole, shifted(dim, len(size)), index), 0
 

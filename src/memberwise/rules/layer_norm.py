@@ -76,7 +76,7 @@ def _total(value: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
 
 @register_rule(_aten.native_layer_norm.default)
 def native_layer_norm(info: Any, in_dims: Any, x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
-    """torch's batching does the same, at 80 us more a call."""
+    """torch's batching does the same, at 15 us more."""
     x_dim, _, w_dim, b_dim, _ = in_dims
     if w_dim is None and b_dim is None:
         return torch.native_layer_norm(x, shape, weight, bias, eps), 0

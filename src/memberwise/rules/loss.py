@@ -1,7 +1,7 @@
 """Losses: computed for each sample of all members at once, then summed over each member's own.
 
-torch's batching of an nll loss is 12 operations: 330 us for M = 4, batch 64, forward, where these take 40; of a
-pointwise loss it is the same as here, at about 40 us more.
+torch's batching of an nll loss is a dozen operations: for M = 4, batch 64, 105 us forward and 83 backward, where these
+take 39 and 38. Of a pointwise loss it is the same as here, at 12 us more.
 """
 
 from __future__ import annotations
@@ -57,11 +57,14 @@ def _pointwise_backward(overload: Any) -> Any:
 
 def _spread(values: Any, dims: Any, size: int) -> list[Any]:
     """Tensors of one shape, `(M, *s)`: some of torch's loss kernels broadcast otherwise than by the rules."""
-    dims = [*dims, *(None for _ in values)][: len(values)]
-    values = [expanded(v, dim, size) if isinstance(v, torch.Tensor) else v for v, dim in zip(values, dims, strict=True)]
-    values = aligned(values, [0 if isinstance(v, torch.Tensor) else None for v in values])
-    shape = torch.broadcast_shapes(*(value.shape for value in values if value is not None))
-    return [None if value is None else value.expand(shape) for value in values]
+    dims = (*dims, *(None for _ in values))  # of arguments that torch left out, as they are None
+    found = [expanded(v, dim, size) if isinstance(v, torch.Tensor) else v for v, dim in zip(values, dims, strict=False)]
+    shapes = {value.shape for value in found if value is not None}
+    if len(shapes) == 1:
+        return found
+    found = aligned(found, [None if value is None else 0 for value in found])
+    shape = torch.broadcast_shapes(*(value.shape for value in found if value is not None))
+    return [None if value is None else value.expand(shape) for value in found]
 
 
 def _defaults(overload: Any) -> tuple[list[Any], int]:

@@ -65,7 +65,7 @@ def product(a: torch.Tensor, a_dim: Any, b: torch.Tensor, b_dim: Any) -> torch.T
 
 @register_rule(_aten.mm.default)
 def mm(info: Any, in_dims: Any, a: torch.Tensor, b: torch.Tensor) -> Any:
-    """torch's batching does the same, at 40 us more, and never turns a narrow product around."""
+    """torch's batching does the same, at 13 us more, and never turns a narrow product around."""
     return _sparse(a, b) or (product(a, in_dims[0], b, in_dims[1]), 0)
 
 
