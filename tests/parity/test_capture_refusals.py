@@ -359,6 +359,24 @@ def test_more_than_can_be_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert captured.captured.refusals[0].reason == "too-large"
 
 
+def test_a_trainer_that_also_holds_its_data() -> None:
+    class Trainer:
+        def __init__(self) -> None:
+            self.loader = torch.utils.data.DataLoader([torch.ones(2) * k for k in range(30_000)], batch_size=2)
+            self.batches = 0
+            self.weight = torch.zeros(2)
+
+        def step(self, x: torch.Tensor) -> torch.Tensor:
+            return self.weight.add_(x.sum(0)).clone()
+
+    trainer = Trainer()
+    captured = compile(trainer.step, backend="fx")
+    for x, _ in zip(trainer.loader, range(5), strict=False):
+        captured(x)
+    assert captured.captured.replayed == 4
+    assert torch.equal(trainer.weight, torch.full((2,), 45.0))
+
+
 def test_views_of_one_state_of_which_one_is_written() -> None:
     def make() -> SimpleNamespace:
         base = torch.zeros(4)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Sampler
 
 from memberwise.capture.origins import is_installed, is_library_value, is_opaque, names_in, root
 from memberwise.capture.places import Attribute, Item, Place
@@ -28,8 +29,8 @@ from memberwise.capture.standins import Cache, Contents, Members, Prepared
 from memberwise.engine.arguments import slots_of
 from memberwise.engine.slots import Slots
 
-LIMIT = 100_000
-"""How many values are watched at most."""
+LIMIT = 20_000
+"""How many values are watched at most: to compare them takes half a millisecond a call."""
 
 ARRAY_LIMIT = 1 << 16
 """The size in bytes of a NumPy array that is still compared value for value."""
@@ -40,7 +41,7 @@ PLAIN = (
 )  # fmt: skip
 """Values that hold nothing else: watched, and not followed."""
 
-_CLOSED = (types.BuiltinFunctionType, types.CodeType, torch.Size, torch.ScriptObject)
+_CLOSED = (types.BuiltinFunctionType, types.CodeType, torch.Size, torch.ScriptObject, DataLoader, Sampler)
 """Values whose identity is watched, and that are not followed."""
 
 _MODULE_KEYS = frozenset(vars(nn.Module()))
