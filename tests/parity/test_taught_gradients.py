@@ -97,6 +97,9 @@ READS: dict[str, Callable[[torch.Tensor], Any]] = {
     "atan2": lambda x: torch.atan2(x, x.flip(0)),
     "embedding": lambda x: F.embedding(torch.tensor([0, 1, 1, 3]), x, padding_idx=1, scale_grad_by_freq=True),
     "max_unpool": lambda x: F.max_unpool1d(*F.max_pool1d(x[None], 2, return_indices=True), 2),
+    "max_pool2d with ties": lambda x: F.max_pool2d((x - x.detach() + x.detach().round()).view(1, 1, 4, 4), 2),
+    "max_pool2d of zeros": lambda x: F.max_pool2d(F.relu(x).view(1, 1, 4, 4), 2, return_indices=True),
+    "max_pool2d overlapping": lambda x: F.max_pool2d(x.sign().view(1, 1, 4, 4) * x.abs().sum(), 3, 1, 1),
     "max_pool3d": lambda x: F.max_pool3d(x.view(1, 1, 2, 2, 4), 2),
     "fractional": lambda x: F.adaptive_max_pool1d(x[None], 3),
     "ctc_loss": lambda x: F.ctc_loss(
