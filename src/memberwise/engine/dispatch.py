@@ -152,9 +152,19 @@ class Call:
             dims.append(dim)
         self.values = values
         self.dims = dims
-        if kwargs:
-            kwargs = {name: self._take(arg)[0] for name, arg in kwargs.items()} if _tensors(kwargs) else kwargs
-        self.kwargs = kwargs
+        self.kwargs = self._take_named(kwargs) if kwargs and _tensors(kwargs) else kwargs
+
+    def _take_named(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments, of which some are tensors. A rule knows its own; where there is none, stacked ones become
+        positional, with all the others, as torch's batching and slices look at positions alone."""
+        pairs = {name: self._take(arg) for name, arg in kwargs.items()}
+        if self.op.rule is None and any(dim is not None for _, dim in pairs.values()) and not self.op.written:
+            self.op = self.op.positional(tuple(pairs))
+            self.args = (*self.args, *kwargs.values())
+            self.values += [value for value, _ in pairs.values()]
+            self.dims += [dim for _, dim in pairs.values()]
+            return {}
+        return {name: value for name, (value, _) in pairs.items()}
 
     def _take(self, arg: Any) -> tuple[Any, Any]:
         if type(arg) is self.tensor_class:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,31 @@ class Operation:
     def __post_init__(self) -> None:
         apart = self.written or self.is_random or self.is_host or self.moves_in_place
         self.quick = self.rule is not None and not apart
+
+    def positional(self, names: tuple[str, ...]) -> Operation:
+        """The same, with the named arguments behind the others."""
+        return replace(self, func=Positional(self.func, names))
+
+
+@dataclass(frozen=True)
+class Positional:
+    """An operation whose keyword arguments are given as positional ones, after the others."""
+
+    func: Any
+    names: tuple[str, ...]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        count = len(args) - len(self.names)
+        return self.func(*args[:count], **dict(zip(self.names, args[count:], strict=True)), **kwargs)
+
+    @property
+    def tags(self) -> Any:
+        """Of the operation."""
+        return self.func.tags
+
+    @property
+    def _schema(self) -> Any:
+        return self.func._schema
 
 
 _KNOWN: dict[Any, Operation] = {}
