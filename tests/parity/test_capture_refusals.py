@@ -26,6 +26,7 @@ from tests.parity.twins import Twins
 
 MASK = torch.tensor([True, False, True])
 WEIGHT = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+NUMPYS, OLD_NUMPYS, OWN = numpy.random.default_rng(0), numpy.random.RandomState(0), random.Random(0)
 INDEX = torch.tensor([2, 0])
 STATE = torch.get_rng_state()
 
@@ -71,6 +72,9 @@ READS: dict[str, tuple[str, Callable[[torch.Tensor], Any]]] = {
     "bernoulli of computed": ("random-values", lambda x: torch.bernoulli(x.sigmoid())),
     "python random": ("random-state", lambda x: x * random.random()),
     "numpy random": ("random-state", lambda x: x * numpy.random.rand()),
+    "numpy generator": ("random-state", lambda x: x * float(NUMPYS.random())),
+    "numpy state": ("random-state", lambda x: x * float(OLD_NUMPYS.rand())),
+    "own random": ("random-state", lambda x: x * OWN.random()),
     "needs graph": ("needs-graph", lambda x: x * WEIGHT),
     "returned object": ("returned-object", lambda x: SimpleNamespace(x=x)),
     "copied": ("memory", lambda x: copy.deepcopy(x)),

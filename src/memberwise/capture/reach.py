@@ -11,6 +11,7 @@ import collections
 import contextlib
 import enum
 import functools
+import importlib
 import operator
 import random
 import sys
@@ -100,7 +101,7 @@ class Reach:
         self.stacks: list[Slots] = []
         self.stacked: list[torch.Tensor] = []
         self.generators: list[torch.Generator] = []
-        self.streams: list[Any] = [random, *([sys.modules["numpy.random"]] if "numpy.random" in sys.modules else [])]
+        self.streams: list[Any] = [random, *_numpy_random()]
         self.optimizers: list[Any] = []
         self.refusal: Refusal | None = None
         self._seen: dict[int, Any] = {}
@@ -236,8 +237,12 @@ class Reach:
         for label, module in self._modules.items():
             self._entries(vars(module), sorted(self._mentioned & vars(module).keys()), label)
 
-    def _array(self, label: str, value: Any) -> None:
-        """A NumPy array: small ones are watched, value for value."""
+    def _of_numpy(self, label: str, value: Any) -> None:
+        """NumPy's arrays and random streams; small arrays are watched, value for value."""
+        if hasattr(value, "bit_generator") or hasattr(value, "get_state"):
+            self.streams.append(value)
+        if not hasattr(value, "tobytes"):
+            return
         if value.nbytes > ARRAY_LIMIT:
             self.refusal = Refusal("host-data", f"the NumPy array {label} of {value.nbytes} bytes")
             return
@@ -278,6 +283,9 @@ class Reach:
         pass
 
     def _object(self, label: str, value: Any) -> None:
+        if root(type(value).__module__) == "numpy":
+            self._of_numpy(label, value)
+            return
         if is_opaque(type(value)):
             return
         if hasattr(type(value), "capture_state"):
@@ -304,10 +312,9 @@ class Reach:
             self._items(group["params"], range(len(group["params"])), f"{label}.param_groups[]['params']", sized=True)
 
 
-def _numpy(*names: str, inside: str = "numpy") -> tuple[type, ...]:
-    """Classes of NumPy, which torch loads if it is there."""
-    module = sys.modules.get(inside)
-    return () if module is None else tuple(getattr(module, name) for name in names)
+def _numpy_random() -> list[Any]:
+    """NumPy's module of random numbers, which it loads when it is first asked for, if NumPy is there."""
+    return [importlib.import_module("numpy.random")] if "numpy" in sys.modules else []
 
 
 _FOLLOW: tuple[tuple[Any, Callable[[Reach, str, Any], None]], ...] = (
@@ -324,8 +331,7 @@ _FOLLOW: tuple[tuple[Any, Callable[[Reach, str, Any], None]], ...] = (
     (tuple, Reach._tuple),
     ((set, frozenset), Reach._set),
     (torch.Generator, Reach._generator),
-    ((random.Random, *_numpy("Generator", "RandomState", inside="numpy.random")), Reach._stream),
-    (_numpy("ndarray"), Reach._array),
+    (random.Random, Reach._stream),
     (Iterator, Reach._iterator),
 )
 """How a value of each kind is followed; the first kind that fits counts."""
