@@ -37,17 +37,19 @@ class recomputed_inside:  # a context manager, named as one; a class costs a thi
     """While active in this thread, checkpoints made are recomputed inside `surroundings()`, outermost first.
 
     Surroundings that must remember the moment of the checkpoint have a method `recorded()`, which is called then and
-    returns what is called instead.
+    returns what is called instead. `instead`: they take the place of the innermost that are active.
     """
 
-    __slots__ = ("_before", "_surroundings")
+    __slots__ = ("_before", "_instead", "_surroundings")
 
-    def __init__(self, surroundings: Surroundings) -> None:
+    def __init__(self, surroundings: Surroundings, *, instead: bool = False) -> None:
         self._surroundings = surroundings
+        self._instead = instead
 
     def __enter__(self) -> None:
         self._before = _local.active
-        _local.active = (*self._before, self._surroundings)
+        kept = self._before[:-1] if self._instead else self._before
+        _local.active = (*kept, self._surroundings)
         _install()
 
     def __exit__(self, *exc_info: object) -> None:

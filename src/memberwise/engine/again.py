@@ -52,13 +52,19 @@ def current() -> Callable[[], AbstractContextManager[Any]] | None:
 
 
 class Surroundings:
-    """What a checkpoint made in a call is recomputed in: its mode, its members in place, its streams as they were."""
+    """What a checkpoint made in a call is recomputed in: its mode, its members in place, its streams as they were.
 
-    __slots__ = ("region", "swaps")
+    `apart()` lets the modules that part ways run by members, as they did.
+    """
 
-    def __init__(self, region: Region, swaps: list[tuple[Slots, Swap]]) -> None:
+    __slots__ = ("apart", "region", "swaps")
+
+    def __init__(
+        self, region: Region, swaps: list[tuple[Slots, Swap]], apart: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
         self.region = region
         self.swaps = swaps
+        self.apart = apart
 
     def recorded(self) -> Callable[[], AbstractContextManager[Any]]:
         """Remember where the members' streams stand now."""
@@ -71,10 +77,10 @@ class Surroundings:
         now = [generator.get_state() for generator in generators]
         with ExitStack() as stack:
             for slots, swap in self.swaps:
-                stack.enter_context(slots.again(swap))
+                stack.enter_context(slots.again(swap, self.region))
             _set(generators, states)
             try:
-                with inside(self.region):
+                with inside(self.region), self.apart():
                     yield
             finally:
                 _set(generators, now)

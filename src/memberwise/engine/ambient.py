@@ -7,12 +7,14 @@ part in: `torch.zeros(3)`, `torch.randn(3)`, a mask made of plain tensors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 
 from memberwise._torch.backward import in_backward
 from memberwise._torch.dispatch import DispatchMode
+from memberwise._torch.versions import set_versions, version
 from memberwise.engine.tensor import MemberTensor
 from memberwise.errors import EngineError, fail
 from memberwise.generators import global_generators
@@ -25,6 +27,16 @@ def tensor_class(level: int) -> type[MemberTensor]:
     while len(_classes) <= level:
         _classes.append(type(f"MemberTensor{len(_classes)}", (_classes[-1],), {}))
     return _classes[level]
+
+
+@dataclass(slots=True)
+class Before:
+    """A tensor's values before a call wrote them, and how often the memory had been written."""
+
+    tensor: torch.Tensor
+    values: torch.Tensor
+    counted: list[torch.Tensor]
+    versions: list[int]
 
 
 class Region(DispatchMode):
@@ -53,7 +65,7 @@ class Region(DispatchMode):
         self.randomness = randomness
         self.generators = generators
         self.tensor_class = tensor_class(level)
-        self.journal: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.journal: list[Before] = []
         self.touched: set[int] = set()
         self.closures: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.running = False
@@ -68,11 +80,22 @@ class Region(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return MemberTensor._on_dispatch(func, args, kwargs, self)
 
-    def keep(self, tensor: torch.Tensor) -> None:
-        """Remember the values of memory that outlives the call, before the first write to it."""
+    def keep(self, tensor: torch.Tensor, root: torch.Tensor | None = None) -> None:
+        """Remember the values of memory that outlives the call, before the first write to it.
+
+        `root`: what it is a view of; a write counts there too, and so do the undone ones not.
+        """
         if id(tensor) not in self.touched and self.running:
             self.touched.add(id(tensor))
-            self.journal.append((tensor, tensor.detach().clone()))
+            counted = [tensor] if root is None else [tensor, root]
+            self.journal.append(Before(tensor, tensor.detach().clone(), counted, [version(t) for t in counted]))
+
+    def put_back(self) -> None:
+        """Undo the writes to memory that outlives the call."""
+        with torch.no_grad():
+            for before in reversed(self.journal):
+                before.tensor.copy_(before.values)
+                set_versions(before.counted, before.versions)
 
     def keep_streams(self, *, draws: bool = True) -> None:
         """Remember where the random streams stand, before the first draw."""

@@ -142,7 +142,8 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
     push_mode(region)
     try:
         try:
-            with _by_members(swaps, region), recomputed_inside(again.Surroundings(region, swaps)):
+            apart = functools.partial(_by_members, swaps, region)
+            with apart(), recomputed_inside(again.Surroundings(region, swaps, apart)):
                 args, kwargs = arguments.build(inside)
                 out = func(*args, **kwargs)
         finally:

@@ -219,7 +219,7 @@ class Call:
         if self.differs and op.rule is None:
             self._settle_all()
         out, dims, path = ladder.descend(op, region, self.values, self.dims, self.kwargs)
-        if op.written:
+        if op.written and op.counts:
             self._count_writes()
         if op.returned:
             return self._give_back()
@@ -280,7 +280,7 @@ class Call:
         elif target._outside:
             if target._inner.is_inference() and not torch.is_inference_mode_enabled():
                 part_ways(region, f"{self.op.name} writes an inference tensor outside of inference mode")
-            region.keep(target._inner)
+            region.keep(target._inner, target._root)
 
     def _refuse_shared_write(self, region: Region) -> None:
         part_ways(region, f"{self.op.name} writes a member's value into a tensor that all members share")

@@ -26,6 +26,7 @@ class Operation:
         swaps_memory: whether it gives a tensor other memory.
         moves_in_place: whether it changes the shape or strides of its argument (`squeeze_`).
         quick: whether a rule may be tried with no further look.
+        counts: whether its writes count for autograd: those that its schema does not tell of do not.
         lone_contiguous: whether its lone result is contiguous, whatever the arguments.
     """
 
@@ -40,6 +41,7 @@ class Operation:
     moves_in_place: bool = False
     swaps_memory: bool = False
     lone_contiguous: bool = False
+    counts: bool = True
     quick: bool = False
 
     def __post_init__(self) -> None:
@@ -105,12 +107,12 @@ def _read(func: Any) -> Operation:
         None if ret.alias_info is None else sets.get(next(iter(ret.alias_info.before_set), None))
         for ret in schema.returns
     )
-    written += _WRITES_UNSAID.get(schema.name.removeprefix("aten::"), ())
+    unsaid = _WRITES_UNSAID.get(schema.name.removeprefix("aten::"), ())
     return Operation(
         func,
         schema.name,
         RULES.get(func),
-        tuple(written),
+        (*written, *unsaid),
         returned if any(place is not None for place in returned) else (),
         bool(getattr(func, "is_view", False)),
         torch.Tag.nondeterministic_seeded in func.tags,
@@ -118,4 +120,5 @@ def _read(func: Any) -> Operation:
         torch.Tag.inplace_view in func.tags,
         schema.name == "aten::set_",
         func in LONE_CONTIGUOUS,
+        not unsaid,
     )

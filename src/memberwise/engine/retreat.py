@@ -5,24 +5,28 @@ The smallest module of a stack whose forward was running does so; without one, t
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from memberwise._torch.backward import in_backward
+from memberwise._torch.checkpoint import recomputed_inside
 from memberwise._torch.dispatch import DispatchMode, suspended
 from memberwise.engine import trace
 from memberwise.engine.ambient import Region, refuse_to_draw_again
 from memberwise.engine.arguments import Arguments
 from memberwise.engine.crossing import enter, leave
+from memberwise.engine.layout import count_write
+from memberwise.engine.rows import Rows
 from memberwise.engine.signals import Retreat
 from memberwise.engine.slots import MODULE_ATTRIBUTES, Slots, Swap
 from memberwise.engine.tensor import MemberTensor
-from memberwise.engine.turns import one_by_one, unbind
+from memberwise.engine.turns import Showing, one_by_one
 from memberwise.errors import EngineError, fail
 from memberwise.generators import drawing_from, global_generators, restoring
 from memberwise.trees import tree_leaves, tree_map
@@ -34,9 +38,7 @@ def undo(region: Region, swaps: Swaps) -> None:
     """Put back what the run wrote: module places and attributes, memory that outlives it, random streams."""
     for slots, swap in swaps:
         slots.restore(swap)
-    with torch.no_grad():
-        for tensor, before in reversed(region.journal):
-            tensor.copy_(before)
+    region.put_back()
     region.rewind_streams()
 
 
@@ -88,7 +90,7 @@ def modules_by_members(swaps: Swaps, region: Region) -> Iterator[None]:
     for slots, _ in swaps:
         for module, reason in slots.retreats.items():
             if "forward" not in module.__dict__:
-                forward = functools.partial(_forward_by_members, module, module.forward, reason, region)
+                forward = partial(_forward_by_members, module, module.forward, reason, region)
                 object.__setattr__(module, "forward", forward)
                 replaced.append(module)
     try:
@@ -104,29 +106,29 @@ def _forward_by_members(
     """Inside a stacked run: this module's forward for each member alone, the results stacked again."""
     start = trace.clock()
     with suspended(region):
-        inputs, rebuild = _left((args, kwargs), region)
+        rows = _MemberRows(region)
+        inputs, rebuild = _left((args, kwargs), rows)
         slots = _slots_inside(module)
         _prepare_undo(region, [*slots.tensors(), *((leaf, True) for leaf in tree_leaves((args, kwargs)))])
         outs = []
 
-        def cut(tensor: torch.Tensor) -> Any:
-            return leave(tensor, region).unbind(0)
-
         def join(row: Any) -> torch.Tensor:
             return enter([torch.stack(row)], [True], region)[0]
 
-        with one_by_one(slots, region.batch_size, cut, join) as turns:
+        with one_by_one(slots, region.batch_size, rows.of, join) as turns:
             for i in range(region.batch_size):
                 turns.show(i)
                 own_args, own_kwargs = rebuild([column[i] for column in inputs])
                 try:
-                    with _stream(region, i):
+                    inner = recomputed_inside(partial(turns.again, i), instead=True)
+                    with inner, rows.turn(), _stream(region, i):
                         outs.append(forward(*own_args, **own_kwargs))
                 except Exception as error:
                     error._raised_alone_in = module  # type: ignore[attr-defined] # read by is_lone
                     raise
                 turns.collect()
         result = stack_outputs(outs, lambda stacked: enter([stacked], [True], region)[0], region)
+    rows.write_back()
     if trace.active is not None:
         trace.active.note(type(module).__name__, "retreat", reason, trace.clock() - start)
     return result
@@ -138,12 +140,14 @@ def function_by_members(func: Callable[..., Any], reason: str, args: Any, kwargs
     start = trace.clock()
     outs = []
     with suspended(region):
-        inputs, rebuild = _left((args, kwargs), region)
+        rows = _MemberRows(region)
+        inputs, rebuild = _left((args, kwargs), rows)
         for i in range(region.batch_size):
             own_args, own_kwargs = rebuild([column[i] for column in inputs])
-            with _stream(region, i):
+            with rows.turn(), _stream(region, i):
                 outs.append(func(*own_args, **own_kwargs))
         result = stack_outputs(outs, lambda stacked: enter([stacked], [True], region)[0], region)
+    rows.write_back()
     if trace.active is not None:
         trace.active.note(func.__name__, "loop", reason, trace.clock() - start)
     return result
@@ -164,16 +168,44 @@ def _prepare_undo(region: Region, tensors: list[tuple[Any, bool]]) -> None:
     region.keep_streams(draws=False)
     for tensor, _ in tensors:
         if isinstance(tensor, MemberTensor) and tensor._outside:
-            region.keep(tensor._inner)
+            region.keep(tensor._inner, tensor._root)
 
 
-def _left(tree: Any, region: Region) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+class _MemberRows:
+    """The rows of member tensors, plain; what is written to them reaches the member tensor, with its gradient."""
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        self._rows = Rows()
+        self._of: dict[int, tuple[torch.Tensor, torch.Tensor, Any, Sequence[torch.Tensor]]] = {}
+
+    def of(self, member: torch.Tensor) -> Sequence[torch.Tensor]:
+        if id(member) not in self._of:
+            base = leave(torch.ops.aten.alias(member), self.region)  # not the inner tensor itself: it has no history
+            self._of[id(member)] = member, base, base.grad_fn, self._rows.of(base)
+        return self._of[id(member)][3]
+
+    def turn(self) -> AbstractContextManager[None]:
+        return self._rows.turn()
+
+    def write_back(self) -> None:
+        for member, base, node, _ in self._of.values():
+            if not self._rows.written(base):
+                continue
+            if base.grad_fn is not node:
+                member.copy_(enter([base], [True], self.region)[0])
+            elif isinstance(member, MemberTensor):
+                count_write(member)
+                increment_version(member)
+
+
+def _left(tree: Any, rows: _MemberRows) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """Each member tensor of a structure as M plain ones, and a way to build the structure for one member."""
     columns: list[Any] = []
 
     def note(leaf: Any) -> Any:
         if isinstance(leaf, MemberTensor):
-            columns.append(leave(leaf, region).unbind(0))
+            columns.append(rows.of(leaf))
         return leaf
 
     tree_map(note, tree)
@@ -188,21 +220,25 @@ def _left(tree: Any, region: Region) -> tuple[list[Any], Callable[[list[Any]], A
 def by_members(func: Callable[..., Any], arguments: Arguments, out_dims: Any, region: Region, signal: Retreat) -> Any:
     """The whole function for each member alone, as a loop would; results stacked at `out_dims`."""
     start = trace.clock()
-    columns = [_columns(leaf, dim) for leaf, dim in zip(arguments.leaves, arguments.dims, strict=True)]
+    rows = Rows()
+    columns = [
+        rows.of(leaf, dim) if dim is not None and isinstance(leaf, torch.Tensor) else None
+        for leaf, dim in zip(arguments.leaves, arguments.dims, strict=True)
+    ]
     outs: list[Any] = []
     with ExitStack() as stack:
         solos = {
-            k: stack.enter_context(one_by_one(leaf, region.batch_size, unbind, torch.stack))
+            k: stack.enter_context(one_by_one(leaf, region.batch_size, rows.of, torch.stack))
             for k, leaf in enumerate(arguments.leaves)
             if isinstance(leaf, Slots)
         }
         for i in range(region.batch_size):
-            own = [column if column is None or not isinstance(column, _Column) else column[i] for column in columns]
+            own = [leaf if column is None else column[i] for leaf, column in zip(arguments.leaves, columns, strict=True)]
             for k, solo in solos.items():
                 solo.show(i)
                 own[k] = solo.slots.template
             args, kwargs = arguments.build(own)
-            with _stream(region, i, anew=True):
+            with rows.turn(), _stream(region, i, anew=True), recomputed_inside(_again(solos.values(), i)):
                 outs.append(func(*args, **kwargs))
             for solo in solos.values():
                 solo.collect()
@@ -212,12 +248,17 @@ def by_members(func: Callable[..., Any], arguments: Arguments, out_dims: Any, re
     return _stack_at(outs, out_dims)
 
 
-class _Column(list[Any]):
-    """One leaf, member by member."""
+def _again(solos: Iterable[Showing], i: int) -> Callable[[], AbstractContextManager[Any]]:
+    """Member i in place in all stacks, for checkpoints that its run makes."""
 
+    @contextmanager
+    def member() -> Iterator[None]:
+        with ExitStack() as stack:
+            for solo in solos:
+                stack.enter_context(solo.again(i))
+            yield
 
-def _columns(leaf: Any, dim: int | None) -> Any:
-    return _Column(leaf.unbind(dim)) if isinstance(leaf, torch.Tensor) and dim is not None else leaf
+    return member
 
 
 def stack_outputs(outs: list[Any], finish: Callable[[torch.Tensor], Any], region: Region | None = None) -> Any:

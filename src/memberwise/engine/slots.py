@@ -157,16 +157,22 @@ class Slots:
         """`(tensor or None, stacked)` of each place."""
         return [(place.owner[place.name], not place.shared) for place in self.places]
 
-    def enter(self, region: Region) -> Swap:
-        """Show member tensors in every place; one object, where one object stood (ties)."""
+    def enter(self, region: Region, former: Swap | None = None) -> Swap:
+        """Show member tensors in every place; one object, where one object stood (ties).
+
+        `former`: a call whose member tensors are shown again, where a place still holds what it held then.
+        """
         places = self.places
         originals = [owner[name] for owner, name in self._entries]
         if not originals:
             members: list[Any] = originals
+        elif former is not None:
+            known = {id(one): member for one, member in zip(former.originals, former.members, strict=True)}
+            members = self._enter_unique(originals, region, known)
         elif len({*map(id, originals), _NONE}) > len(originals):
             members = enter(originals, self._stacked, region)
         else:
-            members = self._enter_tied(originals, region)
+            members = self._enter_unique(originals, region, {})
         recurrent = [(module, kept_lists(module)) for module in self._recurrent]
         attributes = [(module, module.__dict__.copy()) for module in self.watched_modules()]
         for place, member in zip(places, members, strict=True):
@@ -184,13 +190,13 @@ class Slots:
                 self._show(swap, place, lambda leaf: _as_member(leaf, region))
         return swap
 
-    def _enter_tied(self, originals: list[Any], region: Region) -> list[Any]:
-        """Member tensors where some places hold one object, or none."""
-        unique = {id(one): one for one in originals if one is not None}
+    def _enter_unique(self, originals: list[Any], region: Region, known: dict[int, Any]) -> list[Any]:
+        """Member tensors where some places hold one object, or none, or what is known by its id."""
+        unique = {id(one): one for one in originals if one is not None and id(one) not in known}
         stacked = {id(one): held for one, held in zip(originals, self._stacked, strict=True)}
         entered = enter([*unique.values()], [stacked[key] for key in unique], region)
-        members = dict(zip(unique, entered, strict=True))
-        return [members.get(id(one)) for one in originals]
+        members = known | dict(zip(unique, entered, strict=True))
+        return [None if one is None else members[id(one)] for one in originals]
 
     def _show(self, swap: Swap, place: tuple[nn.Module, str], as_member: Callable[[Any], Any]) -> None:
         """Show a plain attribute that holds stacked tensors, with member tensors for them."""
@@ -224,16 +230,13 @@ class Slots:
             self.carried[module, name] = kept
 
     @contextmanager
-    def again(self, swap: Swap) -> Iterator[None]:
-        """The members of a former call in their places, while a checkpoint of that call is recomputed."""
-        now = [place.owner.get(place.name) for place in self._places]
-        for place, member in zip(self._places, swap.members, strict=True):
-            place.owner[place.name] = member
+    def again(self, swap: Swap, region: Region) -> Iterator[None]:
+        """Within the block the members of a former call, while a checkpoint of that call is recomputed."""
+        now = self.enter(region, swap)
         try:
             yield
         finally:
-            for place, value in zip(self._places, now, strict=True):
-                place.owner[place.name] = value
+            self.leave(now, region)
 
     def restore(self, swap: Swap) -> None:
         """Undo: every place and attribute as it was before the call."""

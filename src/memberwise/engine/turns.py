@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memberwise._torch.checkpoint import StopRecomputation
 from memberwise.engine.slots import MODULE_ATTRIBUTES, Slots
 from memberwise.engine.tensor import MemberTensor
 from memberwise.errors import EngineError, build
@@ -84,9 +85,6 @@ class Showing:
             if tensor is not None
         }
         self.pieces: list[Any] = [[None] * turns if one is None else pieces[id(one)] for one in self.originals]
-        for place, own in zip(self.places, self.pieces, strict=True):
-            for piece in own if place.is_parameter and own[0] is not None else ():
-                piece._is_param = True  # isinstance(w, nn.Parameter) holds, as alone
         self._own = self._own_attributes(pieces, turns)
         self._left: list[tuple[list[Any], dict[tuple[nn.Module, str], Any]]] = []
 
@@ -107,13 +105,27 @@ class Showing:
     def show(self, turn: int) -> None:
         """Put the members of a turn in place, each with what it alone carries in attributes."""
         for place, pieces in zip(self.places, self.pieces, strict=True):
-            place.owner[place.name] = pieces[turn]
+            piece = place.owner[place.name] = pieces[turn]
+            if place.is_parameter and piece is not None:
+                piece._is_param = True  # isinstance(w, nn.Parameter) holds, as alone
         self._turn = turn
         self._reset_attributes()
         for (module, name), own in self._own.items():
             module.__dict__[name] = own[turn]
             if (module, name) in self._carried:
                 self.slots.carried[module, name] = own[turn]
+
+    @contextmanager
+    def again(self, turn: int) -> Iterator[None]:
+        """A turn's members in place once more, while a checkpoint made in it is recomputed."""
+        now = [place.owner.get(place.name) for place in self.places]
+        for place, pieces in zip(self.places, self.pieces, strict=True):
+            place.owner[place.name] = pieces[turn]
+        try:
+            yield
+        finally:
+            for place, value in zip(self.places, now, strict=True):
+                place.owner[place.name] = value
 
     def collect(self) -> None:
         """Note what the run of the turn that is shown has left."""
@@ -146,7 +158,7 @@ class Showing:
         """Put together what all turns have left."""
         for k, (place, original, pieces) in enumerate(zip(self.places, self.originals, self.pieces, strict=True)):
             left = [values[k] for values, _ in self._left]
-            if any(now is not piece for now, piece in zip(left, pieces, strict=True)):
+            if len(left) == len(pieces) and any(now is not piece for now, piece in zip(left, pieces, strict=True)):
                 place.owner[place.name] = self._join(left)
             elif original is not None and not place.shared:
                 write_back(original, pieces)
@@ -188,14 +200,14 @@ def one_by_one(slots: Slots, members: int, cut: Cut, join: Join) -> Iterator[Sho
     yield from _showing(Showing(slots, members, cut, join, alone=True), lambda *_: None)
 
 
-def unbind(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-    """The members of a stacked tensor."""
-    return tensor.unbind(0)
-
-
 def _showing(shown: Showing, write_back: Any) -> Iterator[Showing]:
     try:
         yield shown
+    except StopRecomputation:  # a checkpoint around this run has what it needs: what was written stays, as alone
+        shown.collect()
+        shown.restore()
+        shown.finish(write_back)
+        raise
     except BaseException:
         shown.restore()
         raise
