@@ -23,7 +23,8 @@ _RESTORED = [
 ]
 
 
-def _restored_keys() -> AbstractContextManager[Any]:
+def restored_keys() -> AbstractContextManager[Any]:
+    """Put back the keys that a kernel may need of itself: `linalg_lstsq` squares by `conj()`, lazily."""
     include = torch._C._dispatch_tls_local_include_set()
     exclude = torch._C._dispatch_tls_local_exclude_set()
     for key in _RESTORED:
@@ -52,7 +53,7 @@ def batch(
     `dims` holds 0 or None for each argument, and lists of them for lists.
     """
     lazy_load_decompositions()
-    with _restored_keys():
+    with restored_keys():
         was_enabled = _functorch._is_vmap_fallback_enabled()
         level = _functorch._vmap_increment_nesting(size, randomness)
         _functorch._set_vmap_fallback_enabled(False)

@@ -80,7 +80,7 @@ class Surroundings:
                 stack.enter_context(slots.again(swap, self.region))
             _set(generators, states)
             try:
-                with inside(self.region), self.apart():
+                with inside(self.region), self.region.streams_as_recorded(), self.apart():
                     yield
             finally:
                 _set(generators, now)

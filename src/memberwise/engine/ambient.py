@@ -6,7 +6,8 @@ part in: `torch.zeros(3)`, `torch.randn(3)`, a mask made of plain tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -15,9 +16,10 @@ import torch
 from memberwise._torch.backward import in_backward
 from memberwise._torch.dispatch import DispatchMode
 from memberwise._torch.versions import set_versions, version
+from memberwise.engine.signals import part_ways
+from memberwise.engine.streams import MOVED, GlobalStreams
 from memberwise.engine.tensor import MemberTensor
 from memberwise.errors import EngineError, fail
-from memberwise.generators import global_generators
 
 _classes: list[type[MemberTensor]] = [MemberTensor]
 
@@ -72,6 +74,7 @@ class Region(DispatchMode):
         self.depth = 0
         self._reached: list[torch.Tensor] = []
         self._streams: list[tuple[torch.Generator, torch.Tensor]] | None = None
+        self._global: GlobalStreams | None = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -97,18 +100,47 @@ class Region(DispatchMode):
                 before.tensor.copy_(before.values)
                 set_versions(before.counted, before.versions)
 
+    def start(self) -> None:
+        """The run begins."""
+        self.running = True
+        self._global = GlobalStreams(self.generators is not None)
+
     def keep_streams(self, *, draws: bool = True) -> None:
         """Remember where the random streams stand, before the first draw."""
-        if self._streams is None and self.running:
-            if draws and self.generators is not None and in_backward():
+        if not self.running:
+            return
+        if draws:
+            self.check_global_streams()
+        if self._streams is None and self.generators is not None:
+            if draws and in_backward():
                 refuse_to_draw_again()
-            used = self.generators if self.generators is not None else global_generators()
-            self._streams = [(generator, generator.get_state()) for generator in used]
+            self._streams = [(generator, generator.get_state()) for generator in self.generators]
+
+    def check_global_streams(self) -> None:
+        """Part ways where the function has moved the global stream itself."""
+        if self._global is not None and self._global.moved():
+            part_ways(self, MOVED)
+
+    def drawn(self) -> None:
+        """The call has drawn."""
+        if self.running and self._global is not None:
+            self._global.drawn()
 
     def rewind_streams(self) -> None:
         """Put the random streams back to where they stood before the first draw."""
         for generator, state in self._streams or ():
             generator.set_state(state)
+        if self._global is not None:
+            self._global.put_back()
+
+    @contextmanager
+    def streams_as_recorded(self) -> Iterator[None]:
+        """Within the block a checkpoint of this call is recomputed, and sets the streams for it."""
+        watched, self._global = self._global, None
+        try:
+            yield
+        finally:
+            self._global = watched
 
     def note_backward(self, leaves: Iterable[torch.Tensor]) -> None:
         """A backward inside the call reaches tensors outside of it."""
@@ -121,8 +153,12 @@ class Region(DispatchMode):
                 tensor.grad = tensor.grad._inner
         self._reached.clear()
 
-    def forget(self) -> None:
+    def end(self) -> None:
         """The run is over: there is nothing left to undo."""
+        self.running = False
+        if self._global is not None:
+            self._global.close()
+            self._global = None
         self.journal.clear()
         self.touched.clear()
         self._streams = None

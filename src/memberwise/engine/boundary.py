@@ -135,7 +135,7 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
     """All members at once; on a Retreat, everything it changed is undone."""
     outer = again.local.regions
     inside, swaps = arguments.enter(region)
-    region.running = True
+    region.start()
     again.local.regions = (*outer, region)
     enter_functions(again.current, function_arguments)
     region.depth = mode_depth()
@@ -146,6 +146,7 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
             with apart(), recomputed_inside(again.Surroundings(region, swaps, apart)):
                 args, kwargs = arguments.build(inside)
                 out = func(*args, **kwargs)
+            region.check_global_streams()
         finally:
             again.take_off(region)
             leave_functions()
@@ -171,9 +172,8 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
             slots.restore(swap)
         raise
     finally:
-        region.running = False
+        region.end()
         region.release_gradients()
-        region.forget()
     return result
 
 

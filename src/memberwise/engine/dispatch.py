@@ -215,10 +215,12 @@ class Call:
         if op.written:
             self._before_write(self.batched or draws)
         if not self.batched and not draws:
-            return self._wrap_equal(self._record("shared", op.func, *self.values, **self.kwargs))
+            return self._wrap_equal(self._run_shared())
         if self.differs and op.rule is None:
             self._settle_all()
         out, dims, path = ladder.descend(op, region, self.values, self.dims, self.kwargs)
+        if draws:
+            region.drawn()
         if op.written and op.counts:
             self._count_writes()
         if op.returned:
@@ -233,12 +235,12 @@ class Call:
             part_ways(self.region, f"{op.name} draws for a tensor that was not taken into the call")
         return op.func(*self.values, **self.kwargs)
 
-    def _record(self, path: str, func: Any, *values: Any, **kwargs: Any) -> Any:
+    def _run_shared(self) -> Any:
         if trace.active is None:
-            return func(*values, **kwargs)
+            return ladder.shared(self.op, self.values, self.kwargs)
         start = trace.clock()
-        out = func(*values, **kwargs)
-        trace.active.note(self.op.name, path, "", trace.clock() - start)
+        out = ladder.shared(self.op, self.values, self.kwargs)
+        trace.active.note(self.op.name, "shared", "", trace.clock() - start)
         return out
 
     def _before_write(self, apart: bool) -> None:

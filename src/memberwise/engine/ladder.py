@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from memberwise._torch.functorch import Unbatchable, batch
+from memberwise._torch.functorch import Unbatchable, batch, restored_keys
 from memberwise.engine import draws, trace
 from memberwise.engine.ambient import Region
 from memberwise.engine.layout import lone_strides, relaid
@@ -103,11 +103,20 @@ def _relaid(out: Any, strides: Any) -> Any:
 
 def by_member(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> tuple[Any, Any]:
     """Run one operation on each member's slices; results stacked."""
-    outs = [
-        op.func(*(member_slice(value, dim, i) for value, dim in zip(values, dims, strict=True)), **kwargs)
-        for i in range(region.batch_size)
-    ]
+    with restored_keys():
+        outs = [
+            op.func(*(member_slice(value, dim, i) for value, dim in zip(values, dims, strict=True)), **kwargs)
+            for i in range(region.batch_size)
+        ]
     return stack_results(outs, op, region), 0
+
+
+def shared(op: Operation, values: Any, kwargs: Any) -> Any:
+    """Run an operation that is the same for all members."""
+    if op.quick or op.is_view:
+        return op.func(*values, **kwargs)
+    with restored_keys():
+        return op.func(*values, **kwargs)
 
 
 def agreement(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> Any:

@@ -128,6 +128,7 @@ def _forward_by_members(
                     raise
                 turns.collect()
         result = stack_outputs(outs, lambda stacked: enter([stacked], [True], region)[0], region)
+    region.drawn()
     rows.write_back()
     if trace.active is not None:
         trace.active.note(type(module).__name__, "retreat", reason, trace.clock() - start)
@@ -147,6 +148,7 @@ def function_by_members(func: Callable[..., Any], reason: str, args: Any, kwargs
             with rows.turn(), _stream(region, i):
                 outs.append(func(*own_args, **own_kwargs))
         result = stack_outputs(outs, lambda stacked: enter([stacked], [True], region)[0], region)
+    region.drawn()
     rows.write_back()
     if trace.active is not None:
         trace.active.note(func.__name__, "loop", reason, trace.clock() - start)
