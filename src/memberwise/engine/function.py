@@ -37,6 +37,7 @@ HOST[torch.autograd.grad] = closures.grad
 
 BY_MEMBERS: dict[Any, str] = {
     F.linear_cross_entropy: "its backward writes gradients into plain tensors that it makes itself",
+    torch.sparse.mm: "with a reduction, its kernel asks whether its arguments need a gradient",
 }
 """Functions whose backward formula cannot see member tensors, and why: each member runs them alone."""
 
