@@ -97,6 +97,41 @@ class Checkpointed(nn.Module):
         return checkpoint(self.reader, self.first(x), use_reentrant=self.reentrant)
 
 
+class CheckpointsInside(nn.Module):
+    """Parts ways, then checkpoints a part of itself, in which it draws."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.part, self.reentrant = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.4)), reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 2 if positive(x * self.part[0].weight.sum()) else x
+        return checkpoint(self.part, x, use_reentrant=self.reentrant)
+
+
+class WritesWhatItGot(nn.Module):
+    """A child writes its argument in place, differentiably, and parts ways; the parent uses the argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.child = nn.Linear(4, 4), Scales()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x)
+        rows = hidden[1:]
+        return self.child(rows).sum() + hidden.sin() + rows.mean()
+
+
+class Scales(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(4) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.mul_(self.scale)
+        return x * 2 if positive(x) else x.exp()
+
+
 class Tied(nn.Module):
     """The reader's weight is another layer's too."""
 
@@ -203,6 +238,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "hooks": Hooked,
     "checkpoint": lambda: Checkpointed(False),
     "checkpoint reentrant": lambda: Checkpointed(True),
+    "checkpoint inside": lambda: nn.Sequential(nn.Linear(4, 4), CheckpointsInside(False)),
+    "checkpoint inside, reentrant": lambda: nn.Sequential(nn.Linear(4, 4), CheckpointsInside(True)),
+    "checkpoint in the head": lambda: CheckpointsInside(False),
+    "writes what it got": WritesWhatItGot,
     "tied": Tied,
     "borrows": Borrows,
     "recurrent": Recurrent,

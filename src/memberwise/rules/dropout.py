@@ -45,6 +45,7 @@ class Dropout:
             return Decline("memory in another order, in which a lone run draws")
         info.keep_streams()
         noise = _kept(info, x, x.shape[1:] if stacked else x.shape, p).div_(1 - p)
+        info.drawn()
         return x * noise, (noise,)
 
     @staticmethod
