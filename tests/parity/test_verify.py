@@ -22,12 +22,12 @@ from tests.parity.stacks import Net, backward, branches, inputs, nets
 FAULT: list[str] = []
 
 
-@torch.library.custom_op("memberwise_test::affine", mutates_args=())
+@torch.library.custom_op("memberwise_verify::affine", mutates_args=())
 def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return x * weight + bias
 
 
-@torch.library.custom_op("memberwise_test::affine_backward", mutates_args=())
+@torch.library.custom_op("memberwise_verify::affine_backward", mutates_args=())
 def affine_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
     return [grad * weight, (grad * x).sum(0), grad.sum(0)]
 
