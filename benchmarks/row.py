@@ -78,20 +78,32 @@ def start_all(request: Request, case: Case, rivals: list[Rival], batches: list[B
     """Every rival, started and checked in float32, and before that in float64 if `request.exact`."""
     started = [Started(rival) for rival in rivals]
     red = []
+    exact = verify.of_loop(case, request.members, [_cast(batch, torch.float64) for batch in batches], torch.float64)
     for dtype in (torch.float64, torch.float32) if request.exact else (torch.float32,):
         torch.compiler.reset()
-        cast = [tuple(part.to(dtype) if part.is_floating_point() else part for part in batch) for batch in batches]
-        expected = verify.of_loop(case, request.members, cast, dtype)
+        cast = [_cast(batch, dtype) for batch in batches]
+        expected = exact if dtype is torch.float64 else verify.of_loop(case, request.members, cast, dtype)
         for each in started:
             if each.status == "timed":
-                wrong = start(each, request, case, cast, expected)
+                wrong = start(each, request, case, cast, expected, exact)
                 red += [f"{request.name}, {each.rival.name}, {dtype}: {line}" for line in wrong]
     if red:
         raise Red("\n".join(red))
     return started
 
 
-def start(each: Started, request: Request, case: Case, batches: list[Batch], expected: verify.Trajectory) -> list[str]:
+def _cast(batch: Batch, dtype: torch.dtype) -> Batch:
+    return tuple(part.to(dtype) if part.is_floating_point() else part for part in batch)
+
+
+def start(
+    each: Started,
+    request: Request,
+    case: Case,
+    batches: list[Batch],
+    expected: verify.Trajectory,
+    exact: verify.Trajectory,
+) -> list[str]:
     """Start one rival and train as many steps as there are batches; what its training gets wrong."""
     dtype = expected.losses.dtype
     each.running = None
@@ -108,7 +120,7 @@ def start(each: Started, request: Request, case: Case, batches: list[Batch], exp
         each.status, each.why = "cannot", reason(error)
         return []
     each.start_s, each.running = round(time.perf_counter() - begin, 2), running
-    return (verify.exactly if dtype is torch.float64 else verify.in_norm)(found, expected)
+    return verify.exactly(found, expected) if dtype is torch.float64 else verify.in_norm(found, expected, exact)
 
 
 _EAGERLY = r"(?s).*\[MW50\d\]"

@@ -56,8 +56,8 @@ class Exit(torch.autograd.Function):
 
     @staticmethod
     def forward(value: torch.Tensor, region: Region) -> torch.Tensor:
-        out = stacked(value, region)
-        return torch.ops.aten.alias(out) if getattr(value, "_outside", True) else out
+        # never the inner tensor itself: a rule may have kept it for backward, and would keep the node that it gets here
+        return stacked(value, region).detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
