@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,9 +39,8 @@ DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
 without_dispatch = torch._C._DisableTorchDispatch
 
 
-def pop_mode() -> Any:
-    """Take the innermost dispatch mode off and return it."""
-    return torch._C._pop_torch_dispatch_stack(None)
+pop_mode: Callable[[], Any] = partial(torch._C._pop_torch_dispatch_stack, None)
+"""Take the innermost dispatch mode off and return it."""
 
 
 def top_mode() -> Any:

@@ -103,7 +103,8 @@ class Region(DispatchMode):
     def start(self) -> None:
         """The run begins."""
         self.running = True
-        self._global = GlobalStreams(self.generators is not None)
+        if self.randomness != "error":
+            self._global = GlobalStreams(self.generators is not None)
 
     def keep_streams(self, *, draws: bool = True) -> None:
         """Remember where the random streams stand, before the first draw."""
@@ -116,9 +117,10 @@ class Region(DispatchMode):
                 refuse_to_draw_again()
             self._streams = [(generator, generator.get_state()) for generator in self.generators]
 
-    def check_global_streams(self) -> None:
+    def check_global_streams(self, *, at_the_end: bool = False) -> None:
         """Part ways where the function has moved the global stream itself."""
-        if self._global is not None and self._global.moved():
+        streams = self._global
+        if streams is not None and (streams.moved_at_the_end() if at_the_end else streams.moved()):
             part_ways(self, MOVED)
 
     def drawn(self) -> None:

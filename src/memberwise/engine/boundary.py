@@ -12,7 +12,7 @@ import torch
 from memberwise._torch.checkpoint import StopRecomputation, recomputed_inside
 from memberwise._torch.dispatch import has_tangents, mode_depth, push_mode
 from memberwise._torch.dynamo import uncompiled
-from memberwise._torch.functions import enter_functions, leave_functions
+from memberwise._torch.functions import enter_functions, leave_functions, users_functions
 from memberwise.engine import again, retreat
 from memberwise.engine.ambient import Region
 from memberwise.engine.arguments import Arguments, mapped
@@ -137,7 +137,9 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
     inside, swaps = arguments.enter(region)
     region.start()
     again.local.regions = (*outer, region)
-    enter_functions(again.current, function_arguments)
+    functions = users_functions()
+    if functions:
+        enter_functions(again.current, function_arguments)
     region.depth = mode_depth()
     push_mode(region)
     try:
@@ -146,10 +148,11 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
             with apart(), recomputed_inside(again.Surroundings(region, swaps, apart)):
                 args, kwargs = arguments.build(inside)
                 out = func(*args, **kwargs)
-            region.check_global_streams()
+            region.check_global_streams(at_the_end=True)
         finally:
             again.take_off(region)
-            leave_functions()
+            if functions:
+                leave_functions()
             again.local.regions = outer
         result = outputs(out, out_dims, region, _name(func))
         for slots, swap in swaps:

@@ -18,16 +18,10 @@ class Enter(torch.autograd.Function):
     """`(M, *s)` tensors, or shared ones, as member tensors; their gradients stacked, or summed over members."""
 
     @staticmethod
-    def forward(region: Region, batched: tuple[bool, ...], *tensors: torch.Tensor) -> Any:
-        return tuple(_inside(t, held, region) for t, held in zip(tensors, batched, strict=True))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.region, ctx.batched = inputs[0], inputs[1]
+    def forward(ctx: Any, region: Region, batched: tuple[bool, ...], *tensors: torch.Tensor) -> Any:
+        ctx.region, ctx.batched = region, batched
         ctx.set_materialize_grads(False)
-        fixed = [member for member, tensor in zip(output, inputs[2:], strict=True) if not tensor.requires_grad]
-        if fixed:  # inside a transform of functorch buffers come along, which must not require a gradient
-            ctx.mark_non_differentiable(*fixed)
+        return tuple([_inside(t, held, region) for t, held in zip(tensors, batched, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -35,11 +29,25 @@ class Enter(torch.autograd.Function):
         if region.running:
             region.note_backward(node.variable for node, _ in ctx.next_functions if hasattr(node, "variable"))
         pairs = zip(grads, ctx.batched, strict=True)
-        return (
-            None,
-            None,
-            *(None if grad is None else leave(grad, region) if held else total(grad, region) for grad, held in pairs),
-        )
+        return None, None, *[
+            None if grad is None else leave(grad, region) if held else total(grad, region) for grad, held in pairs
+        ]
+
+
+class _EnterTransforms(Enter):
+    """The same inside a transform of functorch, which asks for another form of Function."""
+
+    @staticmethod
+    def forward(region: Region, batched: tuple[bool, ...], *tensors: torch.Tensor) -> Any:  # type: ignore[override] # so
+        return tuple(_inside(t, held, region) for t, held in zip(tensors, batched, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.region, ctx.batched = inputs[0], inputs[1]
+        ctx.set_materialize_grads(False)
+        fixed = [member for member, tensor in zip(output, inputs[2:], strict=True) if not tensor.requires_grad]
+        if fixed:  # buffers come along, which must not require a gradient
+            ctx.mark_non_differentiable(*fixed)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, region: Region, batched: Any, *tensors: torch.Tensor) -> Any:
@@ -48,15 +56,29 @@ class Enter(torch.autograd.Function):
             for t, dim, held in zip(tensors, in_dims[2:], batched, strict=True)
         ]
         out_dims = tuple(None if dim is None else 0 for dim in in_dims[2:])
-        return Enter.apply(region, batched, *moved), out_dims
+        return _EnterTransforms.apply(region, batched, *moved), out_dims
 
 
 class Exit(torch.autograd.Function):
     """A member tensor as the plain `(M, *s)` tensor it holds."""
 
     @staticmethod
-    def forward(value: torch.Tensor, region: Region) -> torch.Tensor:
+    def forward(ctx: Any, value: torch.Tensor, region: Region) -> torch.Tensor:
+        ctx.region = region
+        ctx.set_materialize_grads(False)
         # never the inner tensor itself: a rule may have kept it for backward, and would keep the node that it gets here
+        return stacked(value, region).detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return (None if grad is None else enter([grad], [True], ctx.region)[0]), None
+
+
+class _ExitTransforms(Exit):
+    """The same inside a transform of functorch."""
+
+    @staticmethod
+    def forward(value: torch.Tensor, region: Region) -> torch.Tensor:  # type: ignore[override] # see _EnterTransforms
         return stacked(value, region).detach()
 
     @staticmethod
@@ -65,12 +87,8 @@ class Exit(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
-        return (None if grad is None else enter([grad], [True], ctx.region)[0]), None
-
-    @staticmethod
     def vmap(info: Any, in_dims: Any, value: torch.Tensor, region: Region) -> Any:
-        return Exit.apply(value, region), None if in_dims[0] is None else in_dims[0] + 1
+        return _ExitTransforms.apply(value, region), None if in_dims[0] is None else in_dims[0] + 1
 
 
 shorten_backward(Enter)
@@ -89,14 +107,16 @@ def _inside(tensor: torch.Tensor, batched: bool, region: Region) -> MemberTensor
         fail(EngineError, "MW204", what, do="Pass it dense, or share it (in_dims=None)")
     member = wrap(tensor, region)
     member._outside = True
-    member._origin = tensor.storage_offset()
+    offset = tensor.storage_offset()
+    if offset:
+        member._origin = offset
     return member
 
 
 def enter(tensors: list[torch.Tensor], batched: list[bool], region: Region) -> list[torch.Tensor]:
     """Member tensors for plain ones; `batched[k]` says whether `tensors[k]` has the member axis, at 0."""
     if functorch_active():
-        return list(Enter.apply(region, tuple(batched), *tensors))  # type: ignore[arg-type] # a tuple of tensors
+        return list(_EnterTransforms.apply(region, tuple(batched), *tensors))  # type: ignore[arg-type] # a tuple of tensors
     if not torch.is_grad_enabled():
         return [_inside(t, held, region) for t, held in zip(tensors, batched, strict=True)]
     tracked = [k for k, t in enumerate(tensors) if t.requires_grad]
@@ -114,7 +134,7 @@ def enter(tensors: list[torch.Tensor], batched: list[bool], region: Region) -> l
 def leave(value: torch.Tensor, region: Region) -> torch.Tensor:
     """The plain `(M, *s)` tensor of a member tensor, or of a tensor that is equal in all members."""
     if functorch_active():
-        return Exit.apply(value, region)  # type: ignore[return-value] # one tensor
+        return _ExitTransforms.apply(value, region)  # type: ignore[return-value] # one tensor
     if torch.is_grad_enabled() and value.requires_grad:
         return _exit(value, region)
     out = stacked(value, region)

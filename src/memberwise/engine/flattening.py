@@ -22,7 +22,7 @@ Shape = Any
 def flatten(value: Any, leaves: list[Any]) -> Shape:
     """Append the leaves of `value`; return what `unflatten` needs to build it again."""
     kind = type(value)
-    if kind in _LEAVES or isinstance(value, torch.Tensor):
+    if kind in _LEAVES or isinstance(value, torch.Tensor) or hasattr(kind, "__memberwise_slots__"):
         leaves.append(value)
         return None
     if kind is dict:

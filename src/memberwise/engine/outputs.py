@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from memberwise._torch.dispatch import functorch_active
+from memberwise._torch.dispatch import DisableTorchFunctionSubclass, functorch_active
 from memberwise._torch.pytree import broadcast_to_and_flatten, tree_flatten
 from memberwise.engine.ambient import Region
 from memberwise.engine.crossing import leave
@@ -17,10 +17,11 @@ from memberwise.trees import tree_leaves, tree_map
 
 def outputs(out: Any, out_dims: Any, region: Region, name: str) -> Any:
     """`out` with each tensor plain; other leaves are returned as they are."""
-    if isinstance(out, torch.Tensor) and type(out_dims) is int:
-        return _leaf(out, out_dims, region, name)
-    dims = iter(leaf_dims(name, out, out_dims))
-    return tree_map(lambda leaf: _leaf(leaf, next(dims), region, name), out)
+    with DisableTorchFunctionSubclass():  # else each look at a member tensor costs 3 us
+        if isinstance(out, torch.Tensor) and type(out_dims) is int:
+            return _leaf(out, out_dims, region, name)
+        dims = iter(leaf_dims(name, out, out_dims))
+        return tree_map(lambda leaf: _leaf(leaf, next(dims), region, name), out)
 
 
 def _leaf(leaf: Any, dim: int | None, region: Region, name: str) -> Any:
@@ -61,7 +62,7 @@ def leaf_dims(name: str, out: Any, out_dims: Any) -> list[int | None]:
 
 def check_out_dims(name: str, out_dims: Any) -> None:
     """Refuse out_dims that are neither ints nor None, before anything runs."""
-    for dim in tree_leaves(out_dims):
+    for dim in (out_dims,) if type(out_dims) is int else tree_leaves(out_dims):
         if not (dim is None or isinstance(dim, int)):
             bad(f"vmap({name}, ..., out_dims={out_dims}): `out_dims` must be an int, None or a structure of ints")
 

@@ -29,11 +29,17 @@ class GlobalStreams:
         self._marks = 0
         self._generators = global_generators()
         self._found = [generator.get_state() for generator in self._generators]
-        self._expected = [_bytes(state) for state in self._found]
+        self._expected: list[bytes] | None = None
 
     def moved(self) -> bool:
         """Whether something else than a draw of the call has moved them."""
+        if self._expected is None:
+            self._expected = [*map(_bytes, self._found)]
         return [_bytes(generator.get_state()) for generator in self._generators] != self._expected
+
+    def moved_at_the_end(self) -> bool:
+        """The same, where all draws are made: what a call without draws sets is set M times in a loop, too."""
+        return (self._apart or self._expected is not None) and self.moved()
 
     def drawn(self) -> None:
         """The call has drawn."""

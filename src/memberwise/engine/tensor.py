@@ -61,15 +61,9 @@ def wrap(inner: torch.Tensor, region: Region) -> MemberTensor:
     """The member tensor of a stacked `(M, *s)` tensor; declares the layout of one member's slice."""
     if inner.layout is not torch.strided:
         _refuse_layout(inner, region)
+    strides = None if inner.is_contiguous() else inner.stride()[1:]  # to spell them out costs as much as all the rest
     out = make_wrapper(
-        region.tensor_class,
-        inner.shape[1:],
-        inner.stride()[1:],
-        None,
-        None,
-        inner.dtype,
-        torch.strided,
-        inner.device,
+        region.tensor_class, inner.shape[1:], strides, None, None, inner.dtype, torch.strided, inner.device
     )
     out._inner = inner
     out._region = region
@@ -78,12 +72,13 @@ def wrap(inner: torch.Tensor, region: Region) -> MemberTensor:
 
 def wrap_contiguous(inner: torch.Tensor, region: Region) -> MemberTensor:
     """As `wrap`, where the lone result is contiguous and one member's slice of `inner` may not be."""
-    if inner.layout is not torch.strided or inner.is_contiguous():
+    if inner.layout is not torch.strided:
         return wrap(inner, region)
     out = make_wrapper(region.tensor_class, inner.shape[1:], None, None, None, inner.dtype, torch.strided, inner.device)
     out._inner = inner
     out._region = region
-    out._differs = inner.numel() > 0 and not inner[0].is_contiguous()
+    if not inner.is_contiguous():
+        out._differs = inner.numel() > 0 and not inner[0].is_contiguous()
     return out
 
 

@@ -26,6 +26,7 @@ import torch
 from memberwise._torch.dispatch import (
     applier,
     composites_must_stand_aside,
+    mode_depth,
     pop_mode,
     push_mode,
     shorten_backward,
@@ -48,30 +49,27 @@ class _Node(torch.autograd.Function):
     def forward(ctx: Any, call: Composite, region: Region, dims: Any, values: Any, *args: Any) -> Any:
         out, kept = call.run(region, dims, values)
         ctx.set_materialize_grads(False)
-        saves = call.saves
-        if saves is None:
-            places = [place for place, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
-        else:
-            places = [place for place in saves if isinstance(args[place], torch.Tensor)]
         rest = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
-        ctx.state = (call, region, dims, places, rest)
-        ctx.save_for_backward(*[args[place] for place in places], *kept)
+        saves = call.saves
+        places = [k for k in (range(len(args)) if saves is None else saves) if isinstance(args[k], torch.Tensor)]
+        ctx.state = call, region, dims, places, rest
+        if places:
+            ctx.save_for_backward(*[args[place] for place in places], *kept)
+        elif kept:
+            ctx.save_for_backward(*kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        call, region, dims, places, rest = ctx.state
-        saved = ctx.saved_tensors
-        args = rest
+        call, region, dims, places, args = ctx.state
+        kept = ctx.saved_tensors
         if places:
-            args = rest.copy()
+            args, saved, kept = args.copy(), kept, kept[len(places) :]
             for place, tensor in zip(places, saved, strict=False):
                 args[place] = tensor
-        kept = saved[len(places) :]
         needs = ctx.needs_input_grad[4:]
-        if torch.is_grad_enabled():
-            return None, None, None, None, *call.run_again(region, needs, args, kept, grads)
-        return None, None, None, None, *call.run_backward(region, dims, needs, args, kept, grads)
+        run = call.run_again if torch.is_grad_enabled() else call.run_backward
+        return None, None, None, None, *run(region, dims, needs, args, kept, grads)
 
 
 shorten_backward(_Node)
@@ -119,7 +117,7 @@ class Composite:
                 values.append(arg)
         if region is None:
             return _UNSEEN
-        if region.running and top_mode() is not region:
+        if region.running and mode_depth() != region.depth + 1:
             return _ASIDE
         try:
             if tracked and torch.is_grad_enabled():
@@ -132,7 +130,14 @@ class Composite:
         """Forward on the stacked tensors; member tensors out."""
         record = trace.active
         start = trace.clock() if record is not None else 0.0
-        found = _outside(region, self.forward, region, dims, *values)
+        if region.running or top_mode() is region:
+            pop_mode()
+            try:
+                found = self.forward(region, dims, *values)
+            finally:
+                push_mode(region)
+        else:
+            found = self.forward(region, dims, *values)
         if type(found) is Decline:
             raise Declined(found)
         if record is not None:
@@ -146,15 +151,17 @@ class Composite:
         """Backward on the stacked tensors; member tensors out."""
         record = trace.active
         start = trace.clock() if record is not None else 0.0
-        held = [None if grad is None else stacked(grad, region) for grad in grads]
+        if len(grads) == 1:
+            grad: Any = None if grads[0] is None else stacked(grads[0], region)
+        else:
+            grad = [None if grad is None else stacked(grad, region) for grad in grads]
         own = [arg._inner if isinstance(arg, MemberTensor) else arg for arg in args]
-        grad = held[0] if len(held) == 1 else held
         found = _outside(region, self.backward, region, dims, needs, own, kept, grad)
         if record is not None:
             record.note(self.name + "_backward", "rule", "", trace.clock() - start)
         return [None if grad is None else self.wrap(grad, region) for grad in found]
 
-    def run_again(self, region: Region, needs: Any, args: Any, kept: Any, grads: Any) -> Any:
+    def run_again(self, region: Region, dims: Any, needs: Any, args: Any, kept: Any, grads: Any) -> Any:
         """Gradients that can be differentiated again: the layer anew, by its single operations."""
         if self.again is not None:
             return self.again(needs, args, [wrap(value, region) for value in kept], *grads)
