@@ -97,9 +97,7 @@ def _of_members(value: Tensor) -> Tensor:
     return elements.square().mean(1, keepdim=True).sqrt() if value.is_floating_point() else elements
 
 
-def _report(
-    found: Trajectory, expected: Trajectory, exact: Trajectory, size: Callable[[Tensor], Tensor]
-) -> list[str]:
+def _report(found: Trajectory, expected: Trajectory, exact: Trajectory, size: Callable[[Tensor], Tensor]) -> list[str]:
     lines = list(_differences(found, expected, exact, size))
     hidden = len(lines) - SHOWN
     return lines if hidden <= 0 else [*lines[:SHOWN], f"and {hidden} more"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -216,3 +219,33 @@ def test_a_count_of_writes_can_be_set_back() -> None:
         y = torch.zeros(2)
     versions.set_versions([y], [3])
     assert versions.version(y) == 0
+
+
+def test_users_functions_are_noted() -> None:
+    """Breaks: backward code of a user's Function would run outside of the call that made its node."""
+    code = """
+import torch, memberwise
+from memberwise._torch import functions
+assert not functions.users_functions()
+memberwise.vmap(torch.sin)(torch.ones(2, requires_grad=True)).sum().backward()
+assert not functions.users_functions()
+class Double(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, x: x * 2)
+assert functions.users_functions()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
+def test_functions_of_custom_operations_are_noted() -> None:
+    """Breaks: the same, for `torch.library`: the class is torch's, its backward somebody else's code."""
+    code = """
+import torch
+@torch.library.custom_op("corner::double", mutates_args=())
+def double(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+double.register_autograd(lambda ctx, grad: grad * 2)
+double(torch.ones(2, requires_grad=True))
+from memberwise._torch import functions
+assert functions.users_functions()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)

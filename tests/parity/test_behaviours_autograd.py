@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -376,3 +377,12 @@ def test_one_members_loss_moves_no_other_member() -> None:
     out[1, 0].backward()
     for grad in (x.grad, w.grad):
         assert grad[0].eq(0).all() and grad[2].eq(0).all() and grad[1].ne(0).any()
+
+
+@pytest.mark.parametrize("func", [F.relu, torch.exp, lambda x: F.linear(x, x), lambda x: F.dropout(x, 0.5)])
+def test_without_a_backward_nothing_stays(func: Callable[..., torch.Tensor]) -> None:
+    """A node that is reached from what it keeps would live forever, with all its memory."""
+    out = vmap(func, randomness="different")(numbers(3, 4, 4))
+    node = weakref.ref(out.grad_fn)
+    del out
+    assert node() is None

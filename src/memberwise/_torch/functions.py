@@ -29,15 +29,23 @@ _original: Any = Function.__dict__["apply"]
 _known = False
 
 
+_TORCHS_OWN = tuple(
+    f"GeneratedBackwardFor_{space}_" for space in ("prims", "rngprims", "debug_mode_ops", "_c10d_functional")
+)
+"""Classes for operations that torch itself registers."""
+
+
 def _is_users(cls: type[Function]) -> bool:
-    """Whether code of others runs in its backward; torch makes such classes too, for custom operations."""
-    return not cls.__module__.startswith(("torch.", "memberwise.")) or cls.__module__.startswith("torch._library.")
+    """Whether code of others runs in its backward; torch makes such classes too: custom operations, compiled code."""
+    if cls.__module__.startswith(("torch._library.", "torch._functorch.")):
+        return not cls.__name__.startswith(_TORCHS_OWN)
+    return not cls.__module__.startswith(("torch.", "memberwise."))
 
 
 def _note(cls: type[Function], **kwargs: Any) -> None:
     global _known
     super(Function, cls).__init_subclass__(**kwargs)
-    _known = _known or not cls.__module__.startswith("memberwise.")
+    _known = _known or _is_users(cls)
 
 
 Function.__init_subclass__ = classmethod(_note)  # type: ignore[assignment] # see above

@@ -29,9 +29,11 @@ class Enter(torch.autograd.Function):
         if region.running:
             region.note_backward(node.variable for node, _ in ctx.next_functions if hasattr(node, "variable"))
         pairs = zip(grads, ctx.batched, strict=True)
-        return None, None, *[
-            None if grad is None else leave(grad, region) if held else total(grad, region) for grad, held in pairs
-        ]
+        return (
+            None,
+            None,
+            *[None if grad is None else leave(grad, region) if held else total(grad, region) for grad, held in pairs],
+        )
 
 
 class _EnterTransforms(Enter):

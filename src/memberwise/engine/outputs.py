@@ -10,6 +10,7 @@ from memberwise._torch.dispatch import DisableTorchFunctionSubclass, functorch_a
 from memberwise._torch.pytree import broadcast_to_and_flatten, tree_flatten
 from memberwise.engine.ambient import Region
 from memberwise.engine.crossing import leave
+from memberwise.engine.layout import settle
 from memberwise.engine.tensor import MemberTensor
 from memberwise.errors import ArgumentError, fail
 from memberwise.trees import tree_leaves, tree_map
@@ -28,6 +29,8 @@ def _leaf(leaf: Any, dim: int | None, region: Region, name: str) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     inside = isinstance(leaf, region.tensor_class) or functorch_active()
+    if isinstance(leaf, MemberTensor):
+        settle(leaf)  # as torch.stack of the lone results lies
     if dim is None:
         if isinstance(leaf, MemberTensor) and leaf._batched:
             bad(f"vmap({name}, ...): `{name}` can not return a BatchedTensor when out_dim is None")

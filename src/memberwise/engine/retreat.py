@@ -235,7 +235,9 @@ def by_members(func: Callable[..., Any], arguments: Arguments, out_dims: Any, re
             if isinstance(leaf, Slots)
         }
         for i in range(region.batch_size):
-            own = [leaf if column is None else column[i] for leaf, column in zip(arguments.leaves, columns, strict=True)]
+            own = [
+                leaf if column is None else column[i] for leaf, column in zip(arguments.leaves, columns, strict=True)
+            ]
             for k, solo in solos.items():
                 solo.show(i)
                 own[k] = solo.slots.template

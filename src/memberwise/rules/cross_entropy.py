@@ -54,6 +54,9 @@ class CrossEntropy:
         x, target = expanded(x, in_dims[0], info.batch_size), expanded(target, in_dims[1], info.batch_size)
         across = is_short(x, 2)
         logs = torch.log_softmax(turned(x), 1) if across else torch.log_softmax(x, -1)
+        if across and weight is None and reduction == MEAN and not smoothing:
+            total = _count(target, ignore, in_dims[1], logs.dtype)
+            return _nll(*_pixels(logs, target), None, NONE, ignore)[0].sum((1, 2)) / total, (logs, total)
         samples = Samples(logs, target, weight, in_dims[2], ignore, across)
         losses = samples.losses()
         if smoothing:
@@ -69,6 +72,13 @@ class CrossEntropy:
         logs, total = kept
         target = expanded(target, in_dims[1], info.batch_size)
         across = is_short(expanded(x, in_dims[0], info.batch_size), 2)
+        if across and weight is None and reduction == MEAN and not smoothing:
+            each = (grad / total).view(-1, 1, 1).expand(*target.shape, 1)
+            unused = logs.new_empty(())  # the total weight: torch reads it for the mean over all members
+            found = _nll_backward(each, *_pixels(logs, target), None, NONE, ignore, unused)
+            return _aten._log_softmax_backward_data.default(found.squeeze(3), logs, 1, logs.dtype).transpose(
+                1, 2
+            ), *_NO_MORE
         if reduction != NONE:
             grad = grad if total is None else grad / total
             grad = lift(grad, target.ndim - 1).expand(target.shape)
@@ -77,7 +87,23 @@ class CrossEntropy:
         if smoothing:
             found -= _even_gradient(samples, grad * (smoothing / logs.shape[samples.classes]))
         found = _aten._log_softmax_backward_data.default(found, logs, samples.classes, logs.dtype)
-        return found.transpose(1, 2) if across else found, None, None, None, None, None
+        return found.transpose(1, 2) if across else found, *_NO_MORE
+
+
+_nll, _nll_backward = _aten.nll_loss2d_forward.default, _aten.nll_loss2d_backward.default
+_NO_MORE = (None,) * 5
+
+
+def _pixels(logs: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Few classes, each sample counted alike, the common case: a member is an image of N pixels."""
+    return logs.unsqueeze(3), target.unsqueeze(2)
+
+
+def _count(target: torch.Tensor, ignore: int, dim: Any, dtype: torch.dtype) -> torch.Tensor:
+    """`(M)`, or `()` where the members share the labels: how many samples count."""
+    if dim is None:
+        return (target[0] != ignore).sum(dtype=dtype)
+    return (target != ignore).sum(1, dtype=dtype)
 
 
 def _even(samples: Samples, logs: torch.Tensor) -> torch.Tensor:

@@ -43,13 +43,14 @@ class Linear:
         x, weight, _ = inputs
         x_dim, w_dim, _ = in_dims
         size = info.batch_size
-        rows = grad.reshape(size, -1, grad.shape[-1])
+        flat = grad.ndim == 3  # most often; a reshape that does nothing takes a microsecond
+        rows = grad if flat else grad.reshape(size, -1, grad.shape[-1])
         grad_x = grad_weight = None
         if needs[0]:
             back = batched(rows, weight) if w_dim == 0 else rows @ weight
-            grad_x = back.reshape(*grad.shape[:-1], weight.shape[-1])
+            grad_x = back if flat else back.reshape(*grad.shape[:-1], weight.shape[-1])
         if needs[1]:
-            own = x.reshape(size, -1, x.shape[-1]) if x_dim == 0 else x.reshape(-1, x.shape[-1])
+            own = x if flat else x.reshape(size, -1, x.shape[-1]) if x_dim == 0 else x.reshape(-1, x.shape[-1])
             grad_weight = batched(rows.transpose(1, 2), expanded(own, x_dim, size))
         return grad_x, grad_weight, rows.sum(1) if needs[2] else None
 
