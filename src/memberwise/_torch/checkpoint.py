@@ -61,13 +61,21 @@ def _install() -> None:
     global _installed, _originals
     with _lock:
         if not _installed:
-            frame, function = torch_checkpoint._CheckpointFrame, torch_checkpoint.CheckpointFunction
-            _originals = frame, function
-            torch_checkpoint._CheckpointFrame = lambda recompute, *rest: frame(_surrounded(recompute), *rest)  # type: ignore[misc, assignment]  # put back by _uninstall
-            torch_checkpoint.CheckpointFunction = SimpleNamespace(  # type: ignore[misc, assignment]  # likewise
-                apply=lambda run, *rest: function.apply(_surrounded(run, first_plain=True), *rest)
-            )
+            _originals = torch_checkpoint._CheckpointFrame, torch_checkpoint.CheckpointFunction
+            torch_checkpoint._CheckpointFrame = _frame  # type: ignore[misc, assignment]  # put back by _uninstall
+            torch_checkpoint.CheckpointFunction = _FUNCTION  # type: ignore[misc, assignment]  # likewise
         _installed += 1
+
+
+def _frame(recompute: Callable[..., Any], *rest: Any) -> Any:
+    return _originals[0](_surrounded(recompute), *rest)
+
+
+def _apply(run: Callable[..., Any], *rest: Any) -> Any:
+    return _originals[1].apply(_surrounded(run, first_plain=True), *rest)
+
+
+_FUNCTION = SimpleNamespace(apply=_apply)
 
 
 def _uninstall() -> None:

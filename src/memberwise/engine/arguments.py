@@ -109,6 +109,9 @@ def _dim_of_each(leaf: Each) -> int:
 
 def mapped(name: str, in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """Arguments of `vmap(func, in_dims)(*args, **kwargs)`, validated as `torch.vmap` does."""
+    quick = _simple(in_dims, args) if not kwargs and type(in_dims) is tuple and len(in_dims) == len(args) else None
+    if quick is not None:
+        return Arguments(quick, list(in_dims), _positional)
 
     def where() -> str:
         return f"vmap({name}, in_dims={in_dims}, ...)(<inputs>)"
@@ -144,6 +147,22 @@ def mapped(name: str, in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         return [unflatten(shape, rest) for shape in shapes], unflatten(kwargs_shape, rest) if kwargs else {}
 
     return Arguments(leaves, dims, build)
+
+
+def _simple(in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any] | None:
+    """The leaves of a call whose arguments are stacks and tensors, each with 0 or None; None if it is another."""
+    leaves: list[Any] = []
+    for arg, dim in zip(args, in_dims, strict=True):
+        if type(arg) is torch.Tensor:
+            if dim is not None and (type(dim) is not int or dim or not arg.ndim):
+                return None
+            leaves.append(arg)
+        else:
+            slots = slots_of(arg)
+            if slots is None or type(dim) is not int or dim:
+                return None
+            leaves.append(slots)
+    return leaves
 
 
 def _unmark(leaf: Any) -> Any:
