@@ -166,6 +166,8 @@ class Composite:
         if self.again is not None:
             return self.again(needs, args, [wrap(value, region) for value in kept], *grads)
         with composites_disabled(), torch.enable_grad():
+            # own nodes: where one argument was computed from another, its gradient must not flow on into that one here
+            args = [torch.ops.aten.alias(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
             out = self.function(*args)
             outs = [out] if isinstance(out, torch.Tensor) else list(out)
             pairs = [(value, grad) for value, grad in zip(outs, grads, strict=True) if grad is not None]
