@@ -119,3 +119,14 @@ Training.TestCase.settings = settings(
     max_examples=20, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestTraining = Training.TestCase
+
+
+def test_two_changes_at_once() -> None:
+    """A target is exchanged, which is taken over, and a parameter frozen, which is not to be forgotten over it."""
+    twins = Twins(make)
+    for _ in range(3):
+        twins.call(torch.randn(2, 3, dtype=torch.float64))
+    twins.both(lambda world: world.net[0].weight.requires_grad_(False))
+    twins.both(lambda world: world.target.__setitem__(0, torch.ones(2, dtype=torch.float64)))
+    for _ in range(3):
+        twins.call(torch.randn(2, 3, dtype=torch.float64))

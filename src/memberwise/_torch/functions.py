@@ -30,7 +30,8 @@ _known = False
 
 
 _TORCHS_OWN = tuple(
-    f"GeneratedBackwardFor_{space}_" for space in ("prims", "rngprims", "debug_mode_ops", "_c10d_functional")
+    f"GeneratedBackwardFor_{space}_"
+    for space in ("prims", "rngprims", "debug_mode_ops", "_c10d_functional", "_dtensor")
 )
 """Classes for operations that torch itself registers."""
 

@@ -130,10 +130,13 @@ class Program:
 
     def prepare(self) -> None:
         """Derive what `match` compares."""
+        self.check = tensor_check(self.values)
+        self._note_memory()
+
+    def _note_memory(self) -> None:
         changing = {index for index, _ in (*self.given, *self.moving, *self.grads_in, *self.draws)}
         stays = [value for index, value in enumerate(self.values) if index not in changing]
         self.fixed_written = {memory_key(value) for value in stays} & self.written
-        self.check = tensor_check(self.values)
 
     def can_copy(self, values: Sequence[torch.Tensor]) -> bool:
         """Whether copies of all that is written to are small enough to be made for a trial."""
@@ -207,7 +210,7 @@ class Program:
             index, places = self.pinned.pop(before)
             self.moving.append((index, places[0]))
             self.guards = self.guards.without(places)
-        self.prepare()
+        self._note_memory()  # the check stays: it holds for what is exchanged, and would forget what else has changed
         return True
 
     def replay(self, values: list[torch.Tensor]) -> Any:
