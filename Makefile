@@ -18,7 +18,7 @@ BENCH := $(VENV)/.ready-bench
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types doctest snippets imports check check-mutations bench bench-overhead \
+.PHONY: help demo test lint format types doctest snippets imports check check-capture check-mutations bench bench-overhead \
         readme clean
 
 help: ## list the targets
@@ -62,6 +62,9 @@ snippets: $(READY) ## the examples in README.md and docs/
 
 check-mutations: $(READY) ## break each rule in turn, and demand that the tests notice
 	$(ONE_THREAD) $(BIN)/python tools/mutations.py $(ARGS)
+
+check-capture: $(READY) ## captured steps, compiled, against eager ones over 50 steps; minutes of compiling
+	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=worksteal tests/parity/check_capture.py $(ARGS)
 
 # -- figures
 
