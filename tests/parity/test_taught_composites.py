@@ -150,10 +150,6 @@ def allowed_alone(func: Callable[..., Any], args: list[torch.Tensor]) -> bool:
 
 KEEPS_RESULT = ("lstm", "layer_norm bare")
 KEEPS_ARGUMENTS = (
-    "linear",
-    "linear without bias",
-    "linear of a vector",
-    "linear and relu",
     "batch_norm",
     "cross_entropy",
     "cross_entropy none",

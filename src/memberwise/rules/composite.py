@@ -7,8 +7,9 @@ result. A composite is a class with two static methods on stacked tensors, below
     backward(info, in_dims, needs, inputs, kept, grad)      -> one gradient an argument, (M, *s) or None
 
 A class may also set `saves`, the places of the arguments that backward needs (all, unless it says so; the others
-arrive as None), and then gives `again(needs, inputs, kept, *grads)`: its backward in differentiable torch
-functions on member tensors, for double backward. Without `saves` the layer is run again by single operations.
+arrive as None), or a function of `needs` that answers them, and then gives `again(needs, inputs, kept, *grads)`: its
+backward in differentiable torch functions on member tensors, for double backward. Without `saves` the layer is run
+again by single operations.
 `plain` is what is run then, if it is not the torch function itself. Results are taken to be contiguous alone; a
 class whose lone results are not sets `lies_as_alone`, and returns them, and gradients, in the lone order a member.
 
@@ -51,7 +52,10 @@ class _Node(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         rest = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
         saves = call.saves
-        places = [k for k in (range(len(args)) if saves is None else saves) if isinstance(args[k], torch.Tensor)]
+        wanted = (
+            range(len(args)) if saves is None else saves if type(saves) is tuple else saves(ctx.needs_input_grad[4:])
+        )
+        places = [place for place in wanted if isinstance(args[place], torch.Tensor)]
         ctx.state = call, region, dims, places, rest
         if places:
             ctx.save_for_backward(*[args[place] for place in places], *kept)
@@ -87,7 +91,7 @@ class Composite:
         self.forward = rule.forward
         self.backward = rule.backward
         self.signature = signature
-        self.saves: tuple[int, ...] | None = getattr(rule, "saves", None)
+        self.saves: Any = getattr(rule, "saves", None)
         self.wrap = wrap if getattr(rule, "lies_as_alone", False) else wrap_contiguous
         self.again: Callable[..., Any] | None = getattr(rule, "again", None)
 

@@ -24,6 +24,11 @@ class Linear:
     """`x @ weight.T + bias`; by single operations it is a view, a product and an addition each way."""
 
     @staticmethod
+    def saves(needs: Any) -> tuple[int, ...]:
+        """As alone: the one for the gradient of the other."""
+        return (0, 1) if needs[0] and needs[1] else (0,) if needs[1] else (1,) if needs[0] else ()
+
+    @staticmethod
     def forward(info: Any, in_dims: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
         x_dim, w_dim, b_dim = in_dims
         if x_dim is None and w_dim is None:
@@ -53,6 +58,14 @@ class Linear:
             own = x if flat else x.reshape(size, -1, x.shape[-1]) if x_dim == 0 else x.reshape(-1, x.shape[-1])
             grad_weight = batched(rows.transpose(1, 2), expanded(own, x_dim, size))
         return grad_x, grad_weight, rows.sum(1) if needs[2] else None
+
+    @staticmethod
+    def again(needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:
+        """Two products, and a sum."""
+        x, weight, _ = inputs
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if needs[1] else None
+        return grad @ weight if needs[0] else None, grad_weight, rows.sum(0) if needs[2] else None
 
 
 def _bias_like(bias: torch.Tensor, dim: Any, ndim: int) -> torch.Tensor:
