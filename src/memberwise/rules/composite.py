@@ -19,7 +19,7 @@ tensor or a tuple of them. The gradient of a shared argument is returned per mem
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -51,10 +51,7 @@ class _Node(torch.autograd.Function):
         out, kept = call.run(region, dims, values)
         ctx.set_materialize_grads(False)
         rest = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
-        saves = call.saves
-        wanted = (
-            range(len(args)) if saves is None else saves if type(saves) is tuple else saves(ctx.needs_input_grad[4:])
-        )
+        wanted = call.saved_places(len(args), ctx.needs_input_grad[4:])
         places = [place for place in wanted if isinstance(args[place], torch.Tensor)]
         ctx.state = call, region, dims, places, rest
         if places:
@@ -129,6 +126,11 @@ class Composite:
             return self.run(region, dims, values)[0]
         except Declined as signal:
             return signal.decline
+
+    def saved_places(self, count: int, needs: Any) -> Iterable[int]:
+        """Which arguments backward needs."""
+        saves = self.saves
+        return range(count) if saves is None else saves if type(saves) is tuple else saves(needs)
 
     def run(self, region: Region, dims: list[Any], values: Any) -> tuple[Any, Any]:
         """Forward on the stacked tensors; member tensors out."""
