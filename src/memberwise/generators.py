@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from ctypes import string_at
 
 import torch
 
@@ -34,6 +35,16 @@ def global_generators() -> list[torch.Generator]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         found.extend(torch.cuda.default_generators)
     return found
+
+
+def state_of(generator: torch.Generator) -> bytes:
+    """A generator's state as a value."""
+    return state_as_value(generator.get_state())
+
+
+def state_as_value(state: torch.Tensor) -> bytes:
+    """The same of a state that was taken; read by no operation, which modes and transforms would see."""
+    return string_at(state.data_ptr(), state.numel())
 
 
 @contextmanager

@@ -26,9 +26,6 @@ _depth = 0
 _original: Any = Function.__dict__["apply"]
 
 
-_known = False
-
-
 _TORCHS_OWN = tuple(
     f"GeneratedBackwardFor_{space}_"
     for space in ("prims", "rngprims", "debug_mode_ops", "_c10d_functional", "_dtensor")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from memberwise._torch.identity import stream_key
-from memberwise.generators import default_generator, drawing_from
+from memberwise.generators import default_generator, drawing_from, state_of
 
 
 class Draw:
@@ -137,11 +137,6 @@ class Streams:
                 is_global = key == stream_key(default_generator(generator.device))
                 return "the global stream" if is_global else "a member's stream or another generator"
         return ""
-
-
-def state_of(generator: torch.Generator) -> bytes:
-    """A generator's state as a value."""
-    return generator.get_state().numpy().tobytes()
 
 
 def host_states(streams: Iterable[Any]) -> list[str]:

@@ -104,11 +104,15 @@ def _relaid(out: Any, strides: Any) -> Any:
 def by_member(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> tuple[Any, Any]:
     """Run one operation on each member's slices; results stacked."""
     with restored_keys():
-        outs = [
-            op.func(*(member_slice(value, dim, i) for value, dim in zip(values, dims, strict=True)), **kwargs)
-            for i in range(region.batch_size)
-        ]
+        outs = _for_each_member(op, region, values, dims, kwargs)
     return stack_results(outs, op, region), 0
+
+
+def _for_each_member(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> list[Any]:
+    return [
+        op.func(*(member_slice(value, dim, i) for value, dim in zip(values, dims, strict=True)), **kwargs)
+        for i in range(region.batch_size)
+    ]
 
 
 def shared(op: Operation, values: Any, kwargs: Any) -> Any:
@@ -121,10 +125,7 @@ def shared(op: Operation, values: Any, kwargs: Any) -> Any:
 
 def agreement(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> Any:
     """The one value that all members read on the host, or a retreat where they differ."""
-    outs = [
-        op.func(*(member_slice(value, dim, i) for value, dim in zip(values, dims, strict=True)), **kwargs)
-        for i in range(region.batch_size)
-    ]
+    outs = _for_each_member(op, region, values, dims, kwargs)
     first = outs[0]
     if any(out != first and not (out != out and first != first) for out in outs):
         part_ways(region, f"{op.name} reads a value on the host, and the members differ in it")

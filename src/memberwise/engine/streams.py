@@ -7,11 +7,7 @@ member by member, where the global stream is the member's.
 
 from __future__ import annotations
 
-from ctypes import string_at
-
-import torch
-
-from memberwise.generators import global_generators
+from memberwise.generators import global_generators, state_as_value, state_of
 
 
 class GlobalStreams:
@@ -34,8 +30,8 @@ class GlobalStreams:
     def moved(self) -> bool:
         """Whether something else than a draw of the call has moved them."""
         if self._expected is None:
-            self._expected = [*map(_bytes, self._found)]
-        return [_bytes(generator.get_state()) for generator in self._generators] != self._expected
+            self._expected = [*map(state_as_value, self._found)]
+        return [*map(state_of, self._generators)] != self._expected
 
     def moved_at_the_end(self) -> bool:
         """The same, where all draws are made: what a call without draws sets is set M times in a loop, too."""
@@ -47,7 +43,7 @@ class GlobalStreams:
             self._marks += 1
             for generator in self._generators:
                 generator.manual_seed(self._marks)
-        self._expected = [_bytes(generator.get_state()) for generator in self._generators]
+        self._expected = [*map(state_of, self._generators)]
 
     def put_back(self) -> None:
         """As the call found them."""
@@ -61,7 +57,3 @@ class GlobalStreams:
 
 
 MOVED = "the function sets the global random stream, which alone is the member's"
-
-
-def _bytes(state: torch.Tensor) -> bytes:
-    return string_at(state.data_ptr(), state.numel())  # no operation, which modes and transforms would see

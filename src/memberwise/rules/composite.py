@@ -136,14 +136,7 @@ class Composite:
         """Forward on the stacked tensors; member tensors out."""
         record = trace.active
         start = trace.clock() if record is not None else 0.0
-        if region.running or top_mode() is region:
-            pop_mode()
-            try:
-                found = self.forward(region, dims, *values)
-            finally:
-                push_mode(region)
-        else:
-            found = self.forward(region, dims, *values)
+        found = _outside(region, self.forward, region, dims, *values)
         if type(found) is Decline:
             raise Declined(found)
         if record is not None:

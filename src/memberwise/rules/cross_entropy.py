@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from memberwise.engine.signals import Decline
 from memberwise.rules.axis import expanded, lift
 from memberwise.rules.composite import composite
-from memberwise.rules.loss import MEAN, NONE, REDUCTIONS, SUM, Samples, over_members
+from memberwise.rules.loss import MEAN, NONE, REDUCTIONS, SUM, Samples, count, over_members
 from memberwise.rules.softmax import is_short, turned
 
 _aten = torch.ops.aten
@@ -55,7 +55,7 @@ class CrossEntropy:
         across = is_short(x, 2)
         logs = torch.log_softmax(turned(x), 1) if across else torch.log_softmax(x, -1)
         if across and weight is None and reduction == MEAN and not smoothing:
-            total = _count(target, ignore, in_dims[1], logs.dtype)
+            total = count(target[:1] if in_dims[1] is None else target, ignore, logs.dtype)
             return _nll(*_pixels(logs, target), None, NONE, ignore)[0].sum((1, 2)) / total, (logs, total)
         samples = Samples(logs, target, weight, in_dims[2], ignore, across)
         losses = samples.losses()
@@ -97,13 +97,6 @@ _NO_MORE = (None,) * 5
 def _pixels(logs: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Few classes, each sample counted alike, the common case: a member is an image of N pixels."""
     return logs.unsqueeze(3), target.unsqueeze(2)
-
-
-def _count(target: torch.Tensor, ignore: int, dim: Any, dtype: torch.dtype) -> torch.Tensor:
-    """`(M)`, or `()` where the members share the labels: how many samples count."""
-    if dim is None:
-        return (target[0] != ignore).sum(dtype=dtype)
-    return (target != ignore).sum(1, dtype=dtype)
 
 
 def _even(samples: Samples, logs: torch.Tensor) -> torch.Tensor:

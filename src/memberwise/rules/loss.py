@@ -83,6 +83,14 @@ _with_logits = _aten.binary_cross_entropy_with_logits.default
 register_rule(_with_logits, _pointwise(_with_logits))
 
 
+def count(target: torch.Tensor, ignore: int, dtype: torch.dtype) -> torch.Tensor:
+    """`(M)`: how many of the labels `(M, *s)` count."""
+    counted = target != ignore
+    if counted.ndim == 1:
+        return counted.to(dtype)
+    return counted.sum(tuple(range(1, counted.ndim)), dtype=dtype)
+
+
 class Samples:
     """The samples of all members in one batch, for torch's nll losses.
 
@@ -141,10 +149,7 @@ class Samples:
     def total(self) -> torch.Tensor:
         """`(M)`: the weight of all of a member's samples that count."""
         if self.weight is None:
-            counted = self.target != self.ignore
-            if counted.ndim == 1:
-                return counted.to(self.x.dtype)
-            return counted.sum(tuple(range(1, counted.ndim)), dtype=self.x.dtype)
+            return count(self.target, self.ignore, self.x.dtype)
         return over_members(self.each(), SUM)
 
     def beside(self, like: torch.Tensor) -> torch.Tensor | None:
