@@ -379,10 +379,16 @@ def test_one_members_loss_moves_no_other_member() -> None:
         assert grad[0].eq(0).all() and grad[2].eq(0).all() and grad[1].ne(0).any()
 
 
+class Token:
+    """What can be referred to weakly."""
+
+
 @pytest.mark.parametrize("func", [F.relu, torch.exp, lambda x: F.linear(x, x), lambda x: F.dropout(x, 0.5)])
 def test_without_a_backward_nothing_stays(func: Callable[..., torch.Tensor]) -> None:
     """A node that is reached from what it keeps would live forever, with all its memory."""
     out = vmap(func, randomness="different")(numbers(3, 4, 4))
-    node = weakref.ref(out.grad_fn)
-    del out
-    assert node() is None
+    token = Token()
+    out.grad_fn.metadata["token"] = token
+    lives = weakref.ref(token)
+    del token, out
+    assert lives() is None

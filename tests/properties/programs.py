@@ -47,6 +47,12 @@ def transposed_write(a: torch.Tensor, b: torch.Tensor) -> None:
 LARGEST = 300
 """Elements; a program of expansions would grow without end."""
 
+
+def hooked(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    a.register_hook(lambda grad: grad * 1.5)
+    return F.relu(a)
+
+
 VALUES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "sin": lambda a, b: a.sin(),
     "relu": lambda a, b: F.relu(a),
@@ -63,6 +69,12 @@ VALUES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "mul": lambda a, b: (a * b).tanh(),
     "matmul": lambda a, b: (a @ b).tanh(),
     "linear": lambda a, b: F.linear(a, b, b[:, 0]).tanh(),
+    "bare linear": lambda a, b: F.linear(a, b),
+    "layers": lambda a, b: F.relu(F.linear(F.relu(a), b)),
+    "mse": lambda a, b: F.mse_loss(a, b),
+    "cross entropy": lambda a, b: F.cross_entropy(a, b.detach().argmax(-1)),
+    "needs a gradient": lambda a, b: a * (2 if b.requires_grad else 3),
+    "hook": hooked,
     "bmm": lambda a, b: torch.einsum("ij,kj->ki", a, b).tanh(),
     "where": lambda a, b: torch.where(a > b, a, b * 0.5),
     "cat": lambda a, b: torch.cat([a, b]),

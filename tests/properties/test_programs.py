@@ -7,6 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import memberwise
+from memberwise.engine import lowering
 from memberwise.rules.registry import composites_disabled
 from memberwise.testing.tolerance import assert_equal
 from tests.properties.programs import VALUES, Step, execute, runnable, steps
@@ -44,6 +45,7 @@ def together(program: list[Step]) -> tuple[list[torch.Tensor], list[torch.Tensor
     def func(*given: torch.Tensor) -> list[torch.Tensor]:
         return execute(program, pool_of(list(given)))[len(SHAPES) :]
 
+    lowering.raised = lowering.Raised()  # what one program asks for is remembered for the code of `func`, of all
     outs = memberwise.vmap(func, generators=generators)(*own)
     wanted = [t for t in outs if t.requires_grad]
     weights = 1 + 0.1 * torch.arange(MEMBERS, dtype=torch.float64)

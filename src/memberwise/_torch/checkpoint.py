@@ -4,7 +4,8 @@ Missing in public torch: `checkpoint(f, ...)` runs `f` again during backward, ou
 were active when it was called. `context_fn=` can mend that only for who writes the call, which is the user's
 module. So, while a call of ours runs, and no longer, the two classes that `torch.utils.checkpoint` makes its
 records with are replaced: `_CheckpointFrame` (use_reentrant=False), whose first argument is the function to
-recompute, and `CheckpointFunction` (use_reentrant=True, public). What they do in other threads is unchanged.
+recompute and whose `save_inputs` keeps what it is given, and `CheckpointFunction` (use_reentrant=True, public). What
+they do in other threads is unchanged.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,7 +39,8 @@ class recomputed_inside:  # a context manager, named as one; a class costs a thi
     """While active in this thread, checkpoints made are recomputed inside `surroundings()`, outermost first.
 
     Surroundings that must remember the moment of the checkpoint have a method `recorded()`, which is called then and
-    returns what is called instead. `instead`: they take the place of the innermost that are active.
+    returns what is called instead. Those that have a method `given(args)` are shown its inputs before it keeps them.
+    `instead`: they take the place of the innermost that are active.
     """
 
     __slots__ = ("_before", "_instead", "_surroundings")
@@ -68,11 +71,26 @@ def _install() -> None:
 
 
 def _frame(recompute: Callable[..., Any], *rest: Any) -> Any:
-    return _originals[0](_surrounded(recompute), *rest)
+    frame = _originals[0](_surrounded(recompute), *rest)
+    frame.save_inputs = partial(_save, frame.save_inputs)
+    return frame
+
+
+def _save(save: Callable[..., Any], *inputs: Any) -> Any:
+    _show(inputs)
+    return save(*inputs)
 
 
 def _apply(run: Callable[..., Any], *rest: Any) -> Any:
+    _show(rest)
     return _originals[1].apply(_surrounded(run, first_plain=True), *rest)
+
+
+def _show(inputs: tuple[Any, ...]) -> None:
+    for surroundings in _local.active:
+        given = getattr(surroundings, "given", None)
+        if given is not None:
+            given(inputs)
 
 
 _FUNCTION = SimpleNamespace(apply=_apply)

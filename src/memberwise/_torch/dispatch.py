@@ -20,6 +20,8 @@ __all__ = [
     "DisableTorchFunctionSubclass",
     "DispatchMode",
     "applier",
+    "composites_must_stand_aside",
+    "forward_of_function",
     "functorch_active",
     "has_tangents",
     "make_wrapper",
@@ -76,6 +78,12 @@ def shorten_backward(function: type[torch.autograd.Function]) -> None:
     """Let autograd call `function.backward` at once; torch's own `apply` looks first which of four it is to call."""
     backward = function.backward
     function._backward_cls.apply = lambda ctx, *grads: backward(ctx, *grads)  # type: ignore[attr-defined] # made by torch's metaclass, for this class alone
+
+
+def forward_of_function() -> bool:
+    """Whether, gradients being off, this code runs in the forward of an `autograd.Function`: it turns both modes off,
+    where `torch.no_grad()` turns off one."""
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def composites_must_stand_aside() -> bool:

@@ -12,9 +12,11 @@ leaves to Python, takes note of them. That stays; it looks at a new class and do
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,18 +28,28 @@ _depth = 0
 _original: Any = Function.__dict__["apply"]
 
 
-_TORCHS_OWN = tuple(
-    f"GeneratedBackwardFor_{space}_"
-    for space in ("prims", "rngprims", "debug_mode_ops", "_c10d_functional", "_dtensor")
-)
-"""Classes for operations that torch itself registers."""
+_TORCHS_OWN = ("torch.", "memberwise.")
 
 
 def _is_users(cls: type[Function]) -> bool:
     """Whether code of others runs in its backward; torch makes such classes too: custom operations, compiled code."""
     if cls.__module__.startswith(("torch._library.", "torch._functorch.")):
-        return not cls.__name__.startswith(_TORCHS_OWN)
-    return not cls.__module__.startswith(("torch.", "memberwise."))
+        return not _registered_by(cls).startswith(_TORCHS_OWN)
+    return not cls.__module__.startswith(_TORCHS_OWN)
+
+
+def _registered_by(cls: type[Function]) -> str:
+    """The module of the operation that torch made the class for, or "".
+
+    The class is made around what the operation is registered with: its own function, or its backward formula.
+    """
+    held = {"orig_backward": inspect.getattr_static(cls, "backward", None)}  # one for lists of tensors wraps another
+    while "orig_backward" in held:
+        backward = inspect.unwrap(getattr(held["orig_backward"], "__func__", held["orig_backward"]))
+        held = inspect.getclosurevars(backward).nonlocals if isinstance(backward, FunctionType) else {}
+    info = held.get("info")
+    function = getattr(info, "_init_fn", None) or getattr(info, "_backward_fn", None)
+    return getattr(function, "__module__", None) or ""
 
 
 def _note(cls: type[Function], **kwargs: Any) -> None:

@@ -27,6 +27,11 @@ def copy_hooks(old: Optimizer, new: Optimizer) -> None:
         getattr(new, kind).update(getattr(old, kind))
 
 
+def is_profiled() -> bool:
+    """Whether a profiler is on."""
+    return torch.autograd._profiler_enabled()
+
+
 def is_attended(optimizer: Optimizer) -> bool:
     """Whether anyone waits for the optimizer's steps: a hook, or a profiler."""
     return bool(
@@ -34,5 +39,5 @@ def is_attended(optimizer: Optimizer) -> bool:
         or optimizer._optimizer_step_post_hooks
         or _optimizer._global_optimizer_pre_hooks
         or _optimizer._global_optimizer_post_hooks
-        or torch.autograd._profiler_enabled()
+        or is_profiled()
     )

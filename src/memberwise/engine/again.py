@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from memberwise._torch.dispatch import mode_depth, pop_mode, push_mode
+from memberwise.engine import lowering
 from memberwise.engine.ambient import Region
 from memberwise.engine.slots import Slots, Swap
 
@@ -65,6 +66,10 @@ class Surroundings:
         self.region = region
         self.swaps = swaps
         self.apart = apart
+
+    def given(self, inputs: tuple[Any, ...]) -> None:
+        """A checkpoint keeps the graph of its inputs, so that it has to lie in the member tensors."""
+        lowering.raise_for_function(inputs)
 
     def recorded(self) -> Callable[[], AbstractContextManager[Any]]:
         """Remember where the members' streams stand now."""

@@ -53,6 +53,8 @@ class Region(DispatchMode):
         journal: what was overwritten of memory that outlives the call, for undo.
         depth: how many modes lie below this one; tracers come in below, too.
         running: whether the call is still under way (its backward may come later).
+        lowers: whether its tensors come in lowered, see `memberwise.engine.lowering`.
+        looking: whether, gradients being off, operations read lowered tensors as they are.
     """
 
     def __init__(
@@ -71,6 +73,8 @@ class Region(DispatchMode):
         self.touched: set[int] = set()
         self.closures: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.running = False
+        self.lowers = False
+        self.looking = False
         self.depth = 0
         self._reached: list[torch.Tensor] = []
         self._streams: list[tuple[torch.Generator, torch.Tensor]] | None = None
@@ -91,6 +95,7 @@ class Region(DispatchMode):
         if id(tensor) not in self.touched and self.running:
             self.touched.add(id(tensor))
             counted = [tensor] if root is None else [tensor, root]
+            tensor = _without_repeats(tensor)
             self.journal.append(Before(tensor, tensor.detach().clone(), counted, [version(t) for t in counted]))
 
     def put_back(self) -> None:
@@ -164,6 +169,14 @@ class Region(DispatchMode):
         self.journal.clear()
         self.touched.clear()
         self._streams = None
+
+
+def _without_repeats(tensor: torch.Tensor) -> torch.Tensor:
+    """Each element of an expanded tensor once; torch writes to such tensors, and copies nothing into them."""
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1 and not stride:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 def refuse_to_draw_again() -> NoReturn:

@@ -48,7 +48,7 @@ class Arguments:
         places = [k for k, leaf in enumerate(inside) if isinstance(leaf, torch.Tensor)]
         if places:
             tensors = [_first(inside[k], self.dims[k]) for k in places]
-            entered = enter(tensors, [self.dims[k] is not None for k in places], region)
+            entered = enter(tensors, [self.dims[k] is not None for k in places], region, lowered=region.lowers)
             for k, member in zip(places, entered, strict=True):
                 inside[k] = member
         if not self.slots:

@@ -13,13 +13,13 @@ from memberwise._torch.checkpoint import StopRecomputation, recomputed_inside
 from memberwise._torch.dispatch import has_tangents, mode_depth, push_mode
 from memberwise._torch.dynamo import uncompiled
 from memberwise._torch.functions import enter_functions, leave_functions, users_functions
-from memberwise.engine import again, retreat
+from memberwise.engine import again, lowering, retreat
 from memberwise.engine.ambient import Region
 from memberwise.engine.arguments import Arguments, mapped
 from memberwise.engine.closures import function_arguments
 from memberwise.engine.outputs import bad, check_out_dims, outputs
 from memberwise.engine.parting import in_parts, parts
-from memberwise.engine.signals import Retreat
+from memberwise.engine.signals import Retreat, Unlowered
 from memberwise.engine.slots import Slots
 from memberwise.errors import EngineError, MemberwiseError, fail
 
@@ -117,16 +117,28 @@ def _run_parts(
 
 def _run_chunk(func: Callable[..., Any], arguments: Arguments, out_dims: Any, randomness: str, generators: Any) -> Any:
     region = Region(arguments.size, len(again.local.regions), randomness, generators)
+    raised = arguments.slots[0].raised if arguments.slots else lowering.raised
+    region.lowers = lowering.may_lower(region) and func not in raised and not any(s.retreats for s in arguments.slots)
+    again_raised = False
     if has_tangents():
         reason = Retreat("forward-mode differentiation goes around the call", region)
         return retreat.by_members(func, arguments, out_dims, region, reason)
     while True:
         try:
-            return _run_stacked(func, arguments, out_dims, region)
+            result = _run_stacked(func, arguments, out_dims, region)
+            if again_raised:
+                raised.add(func)
+            return result
+        except Unlowered as signal:
+            if signal.region is not region:
+                raise
+            again_raised, region.lowers = True, False
+            continue
         except Retreat as signal:
             if signal.region is not region:
                 raise
             reason = signal
+            region.lowers = False
         if not retreat.to_module(reason, arguments):
             return retreat.by_members(func, arguments, out_dims, region, reason)
 
@@ -168,6 +180,8 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
         retreat.undo(region, swaps)
         if isinstance(error, MemberwiseError) or retreat.is_lone(error, swaps):
             raise
+        if region.lowers:
+            raise Unlowered(f"{type(error).__name__} with lowered tensors", region) from error
         what = f"{type(error).__name__} in the stacked run: {error}"
         raise Retreat(what, region).with_traceback(error.__traceback__) from error
     except BaseException:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from memberwise._torch.functorch import is_transformed
+from memberwise.engine import lowering
 from memberwise.engine.ambient import Region
 from memberwise.engine.crossing import enter
 from memberwise.engine.signals import part_ways
@@ -37,6 +38,7 @@ def function_arguments(args: Any) -> Any:
     members = [arg for arg in args if hasattr(arg, "stands_for_members")]
     if not members or not torch.is_grad_enabled():
         return args
+    lowering.raise_for_function(args)
     return taken_in(type(max(members, key=lambda member: member._region.level)), args, None)[0]
 
 

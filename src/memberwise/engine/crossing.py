@@ -115,8 +115,28 @@ def _inside(tensor: torch.Tensor, batched: bool, region: Region) -> MemberTensor
     return member
 
 
-def enter(tensors: list[torch.Tensor], batched: list[bool], region: Region) -> list[torch.Tensor]:
-    """Member tensors for plain ones; `batched[k]` says whether `tensors[k]` has the member axis, at 0."""
+def _lowered(tensor: torch.Tensor, batched: bool, region: Region) -> MemberTensor:
+    if batched and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):  # of each parameter: the least
+        member = wrap(tensor, region)
+        member._outside = True
+        if tensor.storage_offset():
+            member._origin = tensor.storage_offset()
+    else:
+        member = _inside(tensor, batched, region)
+    if tensor.requires_grad:
+        member._lowered = True
+    return member
+
+
+def enter(
+    tensors: list[torch.Tensor], batched: list[bool], region: Region, *, lowered: bool = False
+) -> list[torch.Tensor]:
+    """Member tensors for plain ones; `batched[k]` says whether `tensors[k]` has the member axis, at 0.
+
+    `lowered`: what needs a gradient keeps its graph below, see `memberwise.engine.lowering`.
+    """
+    if lowered and all([t.layout is torch.strided for t in tensors]):
+        return [_lowered(t, held, region) for t, held in zip(tensors, batched, strict=True)]
     if functorch_active():
         return list(_EnterTransforms.apply(region, tuple(batched), *tensors))  # type: ignore[arg-type] # a tuple of tensors
     if not torch.is_grad_enabled():
@@ -137,6 +157,9 @@ def leave(value: torch.Tensor, region: Region) -> torch.Tensor:
     """The plain `(M, *s)` tensor of a member tensor, or of a tensor that is equal in all members."""
     if functorch_active():
         return _ExitTransforms.apply(value, region)  # type: ignore[return-value] # one tensor
+    if getattr(value, "_lowered", False):
+        found = stacked(value, region)
+        return found if torch.is_grad_enabled() and not value._outside else torch.ops.aten.alias(found)  # type: ignore[attr-defined] # a member tensor
     if torch.is_grad_enabled() and value.requires_grad:
         return _exit(value, region)
     out = stacked(value, region)

@@ -15,6 +15,7 @@ from memberwise._torch.dispatch import mode_depth, without_dispatch
 from memberwise.engine import ladder, trace
 from memberwise.engine.ambient import Region
 from memberwise.engine.layout import count_write, promote, relatives, settle
+from memberwise.engine.lowering import unlower
 from memberwise.engine.operation import Operation, describe
 from memberwise.engine.signals import Decline, part_ways
 from memberwise.engine.tensor import MemberTensor, wrap, wrap_contiguous, wrap_unbatched, wrap_view
@@ -51,7 +52,7 @@ def _quick(op: Operation, args: Any, region: Region | None) -> Any:
     for arg in args:
         kind = type(arg)
         if kind is cls or (cls is None and isinstance(arg, MemberTensor)):
-            if arg._differs or not arg._batched:
+            if arg._differs or arg._lowered or not arg._batched:
                 return None
             if source is None:
                 source = arg
@@ -170,6 +171,8 @@ class Call:
         if type(arg) is self.tensor_class:
             if self.member is None:
                 self.member = arg
+            if arg._lowered and not arg._region.looking:
+                unlower(arg._region, f"{self.op.name} reaches it unseen")
             if arg._differs:
                 if self.op.is_view:
                     settle(arg)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from memberwise._torch.dispatch import DisableTorchFunctionSubclass
-from memberwise.engine import closures
+from memberwise.engine import closures, lowering
 from memberwise.engine.closures import taken_in
 from memberwise.engine.host import HOST
 from memberwise.engine.retreat import function_by_members
@@ -20,20 +20,37 @@ from memberwise.rules.registry import composite_for
 def on_function(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     """Entry from `__torch_function__`."""
     with DisableTorchFunctionSubclass():
-        if torch.is_grad_enabled():
-            args, kwargs = taken_in(cls, args, kwargs)
-        rule = composite_for(func) or HOST.get(func)
+        rule = composite_for(func)
         if rule is not None:
             out = rule(*args, **kwargs) if kwargs else rule(*args)
             if type(out) is not Decline:
                 return out
-        reason = BY_MEMBERS.get(func)
-        if reason is not None:
-            return function_by_members(func, reason, args, kwargs or {})
-        return func(*args, **kwargs) if kwargs else func(*args)
+        if torch.is_grad_enabled():
+            own_args, own_kwargs = taken_in(cls, args, kwargs)
+            if rule is not None and (own_args is not args or own_kwargs is not kwargs):
+                return on_function(cls, func, types, own_args, own_kwargs)
+            args, kwargs = own_args, own_kwargs
+        below = lowering.found_in(args, kwargs)
+        if below:
+            lowering.make_way(func, below)
+            if not torch.is_grad_enabled():
+                with lowering.looking(below[0]._region):
+                    return _single(func, args, kwargs)
+        return _single(func, args, kwargs)
+
+
+def _single(func: Any, args: Any, kwargs: Any) -> Any:
+    rule = HOST.get(func)
+    if rule is not None:
+        return rule(*args, **kwargs) if kwargs else rule(*args)
+    reason = BY_MEMBERS.get(func)
+    if reason is not None:
+        return function_by_members(func, reason, args, kwargs or {})
+    return func(*args, **kwargs) if kwargs else func(*args)
 
 
 HOST[torch.autograd.grad] = closures.grad
+HOST[torch.Tensor.requires_grad.__get__] = lowering.requires_grad  # type: ignore[attr-defined] # a getset descriptor
 
 BY_MEMBERS: dict[Any, str] = {
     F.linear_cross_entropy: "its backward writes gradients into plain tensors that it makes itself",

@@ -16,6 +16,10 @@ class Retreat(BaseException):
         self.region = region
 
 
+class Unlowered(Retreat):
+    """The call asks for what a lowered tensor cannot give: go back, and run it again with all tensors raised."""
+
+
 def part_ways(region: Any, what: str) -> NoReturn:
     """Retreat from a running call; afterwards (in its backward) there is no way back, and it is an error."""
     if region.running:

@@ -20,6 +20,7 @@ from torch import nn
 from memberwise._torch.recurrent import LISTS, kept_lists, put_back
 from memberwise.engine.ambient import Region
 from memberwise.engine.crossing import enter, leave
+from memberwise.engine.lowering import Raised
 from memberwise.engine.tensor import MemberTensor
 from memberwise.trees import tree_leaves, tree_map
 
@@ -72,6 +73,7 @@ class Slots:
         apart: members that are in another mode than the template, and in which.
         carried: stacked tensors that calls left in plain attributes, by (module, attribute).
         retreats: modules that run member by member, and why.
+        raised: functions that are called with all tensors raised.
         aliases: plain attributes, by (module, attribute), that lead to parameters or buffers.
         lock: held by the thread in which a call shows members in the template.
     """
@@ -83,6 +85,7 @@ class Slots:
         self.generators: Sequence[torch.Generator] | None = None
         self.apart: dict[int, bool] = {}
         self.retreats: dict[nn.Module, str] = {}
+        self.raised = Raised()
         self.carried: dict[tuple[nn.Module, str], Any] = {}
         self.aliases: list[tuple[nn.Module, str]] = []
         self.lock = threading.RLock()
@@ -140,7 +143,7 @@ class Slots:
         return {"_modules": [], "aliases": [], **{name: self.__dict__[name] for name in kept}}  # places are found again
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, lock=threading.RLock())
+        self.__dict__.update(state, lock=threading.RLock(), raised=Raised())
 
     def watched_modules(self) -> list[nn.Module]:
         """The modules whose attributes a call may change: torch's own do so only by hooks."""
@@ -170,9 +173,9 @@ class Slots:
             known = {id(one): member for one, member in zip(former.originals, former.members, strict=True)}
             members = self._enter_unique(originals, region, known)
         elif len({*map(id, originals), _NONE}) > len(originals):
-            members = enter(originals, self._stacked, region)
+            members = enter(originals, self._stacked, region, lowered=region.lowers)
         else:
-            members = self._enter_unique(originals, region, {})
+            members = self._enter_unique(originals, region, {}, lowered=region.lowers)
         recurrent = [(module, kept_lists(module)) for module in self._recurrent]
         attributes = [(module, module.__dict__.copy()) for module in self.watched_modules()]
         for place, member in zip(places, members, strict=True):
@@ -190,11 +193,13 @@ class Slots:
                 self._show(swap, place, lambda leaf: _as_member(leaf, region))
         return swap
 
-    def _enter_unique(self, originals: list[Any], region: Region, known: dict[int, Any]) -> list[Any]:
+    def _enter_unique(
+        self, originals: list[Any], region: Region, known: dict[int, Any], *, lowered: bool = False
+    ) -> list[Any]:
         """Member tensors where some places hold one object, or none, or what is known by its id."""
         unique = {id(one): one for one in originals if one is not None and id(one) not in known}
         stacked = {id(one): held for one, held in zip(originals, self._stacked, strict=True)}
-        entered = enter([*unique.values()], [stacked[key] for key in unique], region)
+        entered = enter([*unique.values()], [stacked[key] for key in unique], region, lowered=lowered)
         members = known | dict(zip(unique, entered, strict=True))
         return [None if one is None else members[id(one)] for one in originals]
 

@@ -32,6 +32,8 @@ class MemberTensor(torch.Tensor):
         _root: the inner tensor of what this is a view of.
         _viewed: whether a view was taken of it.
         _origin: storage offset of `_inner` at which the member's own storage begins.
+        _lowered: whether autograd follows `_inner` and not this tensor, see `memberwise.engine.lowering`.
+        _bypassed: whether a layer took it while it was lowered.
     """
 
     stands_for_members = True
@@ -44,6 +46,8 @@ class MemberTensor(torch.Tensor):
     _origin = 0
     _viewed = False
     _root: torch.Tensor | None = None
+    _lowered = False
+    _bypassed = False
 
     # Set by `memberwise.engine.dispatch`, which imports this module (as `engine.function` sets __torch_function__).
     _on_dispatch: Callable[..., Any]

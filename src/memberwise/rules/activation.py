@@ -18,6 +18,9 @@ from memberwise.rules.composite import composite
 _backward = torch.ops.aten.threshold_backward.default
 
 
+_EQUAL = Decline("equal in all members")
+
+
 def _signature(input: torch.Tensor, inplace: bool = False) -> Any:  # F.relu's own names
     if inplace or not input.is_contiguous():
         return Decline("in place" if inplace else "the result keeps an order that is not contiguous")
@@ -33,9 +36,13 @@ class Relu:
     @staticmethod
     def forward(info: Any, in_dims: Any, x: torch.Tensor) -> Any:
         if in_dims[0] is None:
-            return Decline("equal in all members")
+            return _EQUAL
         out = torch.relu(x)
         return out, (out,)
+
+    @staticmethod
+    def below(info: Any, in_dims: Any, x: torch.Tensor) -> Any:
+        return _EQUAL if in_dims[0] is None else torch.relu(x)
 
     @staticmethod
     def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:

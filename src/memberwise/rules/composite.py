@@ -10,6 +10,8 @@ A class may also set `saves`, the places of the arguments that backward needs (a
 arrive as None), or a function of `needs` that answers them, and then gives `again(needs, inputs, kept, *grads)`: its
 backward in differentiable torch functions on member tensors, for double backward. Without `saves` the layer is run
 again by single operations.
+`below(info, in_dims, *args)`, if there is one, is the layer in functions that torch differentiates itself, on stacked
+tensors; it serves where the graph lies in them (see `memberwise.engine.lowering`), and it may answer a Decline.
 `plain` is what is run then, if it is not the torch function itself. Results are taken to be contiguous alone; a
 class whose lone results are not sets `lies_as_alone`, and returns them, and gradients, in the lone order a member.
 
@@ -35,42 +37,50 @@ from memberwise._torch.dispatch import (
 )
 from memberwise.engine import trace
 from memberwise.engine.ambient import Region
+from memberwise.engine.crossing import enter, leave, total
+from memberwise.engine.lowering import check_no_function, unlower
 from memberwise.engine.signals import Decline
 from memberwise.engine.tensor import MemberTensor, stacked, wrap, wrap_contiguous
 from memberwise.rules.registry import composites_disabled, register_composite
 
 _ASIDE = Decline("a transform, autocast, a saved-tensor hook or a mode is active")
+_FOREIGN = Decline("a tensor that needs a gradient and was not taken into the call, yet")
 _UNSEEN = Decline("no member tensor, or members of several levels, among its arguments")
 
 
 class _Node(torch.autograd.Function):
-    """The autograd node of every composite."""
+    """The autograd node of every composite. Its tensors are member tensors or, where those are lowered, plain ones."""
 
     @staticmethod
-    def forward(ctx: Any, call: Composite, region: Region, dims: Any, values: Any, *args: Any) -> Any:
-        out, kept = call.run(region, dims, values)
+    def forward(ctx: Any, call: Composite, region: Region, dims: Any, values: Any, below: Any, *args: Any) -> Any:
+        found = call.compute(region, dims, values)
+        if type(found) is Decline:
+            raise Declined(found)
+        out, kept = found
         ctx.set_materialize_grads(False)
         rest = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
-        wanted = call.saved_places(len(args), ctx.needs_input_grad[4:])
+        wanted = call.saved_places(len(args), ctx.needs_input_grad[5:])
         places = [place for place in wanted if isinstance(args[place], torch.Tensor)]
-        ctx.state = call, region, dims, places, rest
+        ctx.state = call, region, dims, below, places, rest
         if places:
             ctx.save_for_backward(*[args[place] for place in places], *kept)
         elif kept:
             ctx.save_for_backward(*kept)
-        return out
+        return out if below[-1] else call.wrapped(out, region)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        call, region, dims, places, args = ctx.state
+        call, region, dims, below, places, args = ctx.state
+        if below[-1] and region.running:
+            unlower(region, "a backward pass inside the call reaches it")
         kept = ctx.saved_tensors
         if places:
             args, saved, kept = args.copy(), kept, kept[len(places) :]
             for place, tensor in zip(places, saved, strict=False):
                 args[place] = tensor
-        needs = ctx.needs_input_grad[4:]
+        needs = ctx.needs_input_grad[5:]
         run = call.run_again if torch.is_grad_enabled() else call.run_backward
-        return None, None, None, None, *run(region, dims, needs, args, kept, grads)
+        return None, None, None, None, None, *run(region, dims, below, needs, args, kept, grads)
 
 
 shorten_backward(_Node)
@@ -80,13 +90,14 @@ _apply = applier(_Node)
 class Composite:
     """One layer's pair of functions, with the way in and out."""
 
-    __slots__ = ("again", "backward", "forward", "function", "name", "saves", "signature", "wrap")
+    __slots__ = ("again", "backward", "below", "forward", "function", "name", "saves", "signature", "wrap")
 
     def __init__(self, function: Callable[..., Any], rule: Any, signature: Callable[..., Any] | None) -> None:
         self.function = getattr(rule, "plain", function)
         self.name = f"composite::{rule.__name__.lower()}"
         self.forward = rule.forward
         self.backward = rule.backward
+        self.below: Callable[..., Any] | None = getattr(rule, "below", None)
         self.signature = signature
         self.saves: Any = getattr(rule, "saves", None)
         self.wrap = wrap if getattr(rule, "lies_as_alone", False) else wrap_contiguous
@@ -100,70 +111,127 @@ class Composite:
             args = self.signature(*args, **kwargs)
             if type(args) is Decline:
                 return args
+        tracks = torch.is_grad_enabled()
         region: Region | None = None
-        tracked = False
+        raised = False
+        lowered: list[MemberTensor] = []
         dims: list[Any] = []
         values: list[Any] = []
         for arg in args:
             if isinstance(arg, MemberTensor):
-                if region is None:
+                if arg._region is not region:
+                    if region is not None:
+                        return _UNSEEN
                     region = arg._region
-                elif region is not arg._region:
-                    return _UNSEEN
                 dims.append(0 if arg._batched else None)
                 values.append(arg._inner)
-                tracked = tracked or arg.requires_grad
+                if arg._lowered:
+                    lowered.append(arg)
+                elif tracks and arg.requires_grad:
+                    raised = True
             else:
+                if tracks and isinstance(arg, torch.Tensor) and arg.requires_grad:
+                    return _FOREIGN
                 dims.append(None)
                 values.append(arg)
         if region is None:
             return _UNSEEN
         if region.running and mode_depth() != region.depth + 1:
             return _ASIDE
+        if lowered and not tracks:
+            check_no_function(region)
+        if not tracks or not (lowered or raised):
+            found = self.compute(region, dims, values)
+            return found if type(found) is Decline else self.wrapped(found[0], region)
+        if lowered and not raised and self.below is not None and trace.active is None:  # which looks at nodes
+            out = self.compute(region, dims, values, self.below)
+            if type(out) is not Decline:
+                return self.lowered(out, region, lowered)
         try:
-            if tracked and torch.is_grad_enabled():
-                return _apply(self, region, dims, values, *args)
-            return self.run(region, dims, values)[0]
+            return self.apply(region, dims, values, args, lowered, raised)
         except Declined as signal:
             return signal.decline
+
+    def apply(
+        self, region: Region, dims: Any, values: Any, args: Any, lowered: list[MemberTensor], raised: bool
+    ) -> Any:
+        """As a node. Where no argument is raised it lies below, and so does the graph of what it returns."""
+        below = [isinstance(arg, MemberTensor) and arg._lowered for arg in args]
+        given = (
+            [value if low else arg for arg, value, low in zip(args, values, below, strict=True)] if lowered else args
+        )
+        out = _apply(self, region, dims, values, (*below, not raised), *given)
+        if not raised:
+            return self.lowered(out, region, lowered)
+        for member in lowered:
+            member._bypassed = True
+        return out
+
+    def lowered(self, out: Any, region: Region, lowered: list[MemberTensor]) -> Any:
+        """Results whose graph lies below, as that of the arguments does."""
+        for member in lowered:
+            member._bypassed = True
+        if isinstance(out, torch.Tensor):
+            result = self.wrap(out, region)
+            result._lowered = out.requires_grad
+            return result
+        return tuple([self.lowered(entry, region, []) for entry in out])
 
     def saved_places(self, count: int, needs: Any) -> Iterable[int]:
         """Which arguments backward needs."""
         saves = self.saves
         return range(count) if saves is None else saves if type(saves) is tuple else saves(needs)
 
-    def run(self, region: Region, dims: list[Any], values: Any) -> tuple[Any, Any]:
-        """Forward on the stacked tensors; member tensors out."""
+    def compute(self, region: Region, dims: list[Any], values: Any, formula: Any = None) -> Any:
+        """Forward on the stacked tensors, or another formula for it."""
         record = trace.active
         start = trace.clock() if record is not None else 0.0
-        found = _outside(region, self.forward, region, dims, *values)
-        if type(found) is Decline:
-            raise Declined(found)
-        if record is not None:
+        found = _outside(region, formula or self.forward, region, dims, *values)
+        if record is not None and type(found) is not Decline:
             record.note(self.name, "rule", "", trace.clock() - start)
-        out, kept = found
-        if isinstance(out, torch.Tensor):
-            return self.wrap(out, region), kept
-        return tuple([self.wrap(entry, region) for entry in out]), kept
+        return found
 
-    def run_backward(self, region: Region, dims: Any, needs: Any, args: Any, kept: Any, grads: Any) -> list[Any]:
-        """Backward on the stacked tensors; member tensors out."""
+    def wrapped(self, out: Any, region: Region) -> Any:
+        """Results as member tensors."""
+        if isinstance(out, torch.Tensor):
+            return self.wrap(out, region)
+        return tuple([self.wrap(entry, region) for entry in out])
+
+    def run_backward(
+        self, region: Region, dims: Any, below: Any, needs: Any, args: Any, kept: Any, grads: Any
+    ) -> list[Any]:
+        """Backward on the stacked tensors; each gradient as its argument is, below or above."""
         record = trace.active
         start = trace.clock() if record is not None else 0.0
-        if len(grads) == 1:
-            grad: Any = None if grads[0] is None else stacked(grads[0], region)
-        else:
-            grad = [None if grad is None else stacked(grad, region) for grad in grads]
+        if not below[-1]:
+            grads = [None if grad is None else stacked(grad, region) for grad in grads]
         own = [arg._inner if isinstance(arg, MemberTensor) else arg for arg in args]
+        grad = grads[0] if len(grads) == 1 else grads
         found = _outside(region, self.backward, region, dims, needs, own, kept, grad)
         if record is not None:
             record.note(self.name + "_backward", "rule", "", trace.clock() - start)
-        return [None if grad is None else self.wrap(grad, region) for grad in found]
+        return [
+            None if grad is None else self.wrap(grad, region) if not low else grad if dim == 0 else grad.sum(0)
+            for grad, low, dim in zip(found, below, dims, strict=False)
+        ]
 
-    def run_again(self, region: Region, dims: Any, needs: Any, args: Any, kept: Any, grads: Any) -> Any:
+    def run_again(self, region: Region, dims: Any, below: Any, needs: Any, args: Any, kept: Any, grads: Any) -> Any:
         """Gradients that can be differentiated again: the layer anew, by its single operations."""
+        if below[-1]:
+            grads = [None if grad is None else enter([grad], [True], region)[0] for grad in grads]
+        args = [
+            enter([arg], [dim == 0], region)[0] if low and isinstance(arg, torch.Tensor) else arg
+            for arg, low, dim in zip(args, below, dims, strict=False)
+        ]
+        found = self._found_again(region, needs, args, kept, grads)
+        return [
+            grad if grad is None or not low else leave(grad, region) if dim == 0 else total(grad, region)
+            for grad, low, dim in zip(found, below, dims, strict=False)
+        ]
+
+    def _found_again(self, region: Region, needs: Any, args: Any, kept: Any, grads: Any) -> Any:
         if self.again is not None:
-            return self.again(needs, args, [wrap(value, region) for value in kept], *grads)
+            return self.again(needs, args, [wrap(value.detach(), region) for value in kept], *grads)
         with composites_disabled(), torch.enable_grad():
             # own nodes: where one argument was computed from another, its gradient must not flow on into that one here
             args = [torch.ops.aten.alias(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
@@ -176,7 +244,7 @@ class Composite:
         return [next(found) if need else None for need in needs]
 
 
-def _outside(region: Region, function: Callable[..., Any], *args: Any) -> Any:
+def _outside(region: Region, function: Any, *args: Any) -> Any:
     """Call a rule on plain stacked tensors, the region's mode off if it is on."""
     if top_mode() is not region:
         return function(*args)

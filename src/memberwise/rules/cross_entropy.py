@@ -67,6 +67,13 @@ class CrossEntropy:
         return over_members(losses, SUM) / total, (logs, total)
 
     @staticmethod
+    def below(info: Any, in_dims: Any, x: Any, target: Any, weight: Any, *rest: Any) -> Any:
+        if weight is not None or rest[2]:
+            return Decline("weighted or smoothed, which is computed in place")
+        found = CrossEntropy.forward(info, in_dims, x, target, weight, *rest)
+        return found if type(found) is Decline else found[0]
+
+    @staticmethod
     def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:
         x, target, weight, reduction, ignore, smoothing = inputs
         logs, total = kept

@@ -49,6 +49,11 @@ class Dropout:
         return x * noise, (noise,)
 
     @staticmethod
+    def below(info: Any, in_dims: Any, x: torch.Tensor, p: float) -> Any:
+        found = Dropout.forward(info, in_dims, x, p)
+        return found if type(found) is Decline else found[0]
+
+    @staticmethod
     def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:
         return grad * kept[0], None
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from memberwise._torch.dispatch import applier, shorten_backward
 from memberwise.engine.signals import Decline
 from memberwise.rules.axis import expanded
 from memberwise.rules.composite import composite
@@ -14,9 +15,33 @@ from memberwise.rules.matmul import batched, batched_plus
 
 
 def _signature(input: Any, weight: Any, bias: Any = None) -> Any:  # F.linear's own name
-    if weight.ndim != 2 or input.ndim < 1 or input.is_complex() or 0 in weight.shape:
+    if weight.ndim != 2 or input.ndim < 1 or input.is_complex() or not weight.numel():
         return Decline("complex, or a weight that is empty or no matrix")
     return input, weight, bias
+
+
+class _Below(torch.autograd.Function):
+    """`x @ weight.T + bias`, all stacked. torch's own formula gives a weight's gradient transposed, and copies it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None)
+        return _product(x, 0, weight, bias, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return (
+            batched(grad, weight) if needs[0] else None,
+            batched(grad.transpose(1, 2), x) if needs[1] else None,
+            grad.sum(1) if needs[2] else None,
+        )
+
+
+shorten_backward(_Below)
+_below = applier(_Below)
 
 
 @composite(F.linear, signature=_signature)
@@ -42,6 +67,13 @@ class Linear:
         rows = x.reshape(info.batch_size, -1, x.shape[-1]) if x_dim == 0 else x.reshape(-1, x.shape[-1])
         out = _product(rows, x_dim, weight, bias, b_dim)
         return out.reshape(info.batch_size, *lead, weight.shape[1]), ()
+
+    @staticmethod
+    def below(info: Any, in_dims: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        x_dim, w_dim, b_dim = in_dims
+        if w_dim is None or (bias is not None and b_dim is None) or x.ndim != (2 if x_dim is None else 3):
+            return Decline("a shared weight or bias, or rows in other dimensions")
+        return _below(expanded(x, x_dim, info.batch_size), weight, bias)
 
     @staticmethod
     def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:

@@ -223,6 +223,11 @@ class MseLoss:
         return over_members(_aten.mse_loss.default(x, target, NONE), reduction), ()
 
     @staticmethod
+    def below(info: Any, in_dims: Any, *args: Any) -> Any:
+        found = MseLoss.forward(info, in_dims, *args)
+        return found if type(found) is Decline else found[0]
+
+    @staticmethod
     def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:
         x, target, reduction = inputs
         size = info.batch_size

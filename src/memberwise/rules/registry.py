@@ -74,6 +74,11 @@ def composite_for(function: Any) -> Rule | None:
     return COMPOSITES.get(function) if _enabled else None
 
 
+def composites_enabled() -> bool:
+    """Whether composite rules are in use."""
+    return _enabled
+
+
 @contextmanager
 def composites_disabled() -> Iterator[None]:
     """Answer every operation by the rules alone: the parity suite runs once so, once with composites."""

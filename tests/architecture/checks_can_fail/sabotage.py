@@ -113,7 +113,7 @@ def _noting_rule(rule: Callable[..., Any], uses: Uses, op: Any) -> Callable[...,
 
 @contextmanager
 def _noting_composite(function: Any, call: Composite, uses: Uses) -> Iterator[None]:
-    forward, backward, again = call.forward, call.backward, call.again
+    forward, backward, again, below = call.forward, call.backward, call.again, call.below
 
     def noting_forward(info: Any, dims: Any, *args: Any) -> Any:
         uses.targets.add(function)
@@ -130,10 +130,11 @@ def _noting_composite(function: Any, call: Composite, uses: Uses) -> Iterator[No
 
     call.forward, call.backward = noting_forward, noting("backward", backward)
     call.again = again and noting("again", again)
+    call.below = None  # what torch differentiates tells nothing of its gradients
     try:
         yield
     finally:
-        call.forward, call.backward, call.again = forward, backward, again
+        call.forward, call.backward, call.again, call.below = forward, backward, again, below
 
 
 # -- rules of single operations
@@ -227,14 +228,28 @@ def _composite(rule: Any) -> Composite:
 def _broken_forward(call: Composite, change: Callable[[Mutation, Callable[..., Any], Any, Any], Any]) -> Any:
     @contextmanager
     def put(mutation: Mutation) -> Iterator[None]:
-        original = call.forward
+        original, below = call.forward, call.below
         call.forward = lambda info, dims, *args: change(mutation, lambda *own: original(info, dims, *own), dims, args)
+        if below is not None:
+            call.below = _broken_below(below, lambda *given: change(mutation, *given))
         try:
             yield
         finally:
-            call.forward = original
+            call.forward, call.below = original, below
 
     return put
+
+
+def _broken_below(below: Callable[..., Any], change: Callable[..., Any]) -> Callable[..., Any]:
+    def broken(info: Any, dims: Any, *args: Any) -> Any:
+        def forward(*own: Any) -> Any:
+            found = below(info, dims, *own)
+            return found if type(found) is Decline else (found, ())
+
+        found = change(forward, dims, args)
+        return found if type(found) is Decline else found[0]
+
+    return broken
 
 
 def _permute_out(mutation: Mutation, forward: Callable[..., Any], dims: Any, args: Any) -> Any:
@@ -272,7 +287,7 @@ def _kept(place: int) -> Any:
 def _broken_backward(call: Composite, which: str, place: int, change: Change) -> Any:
     @contextmanager
     def put(mutation: Mutation) -> Iterator[None]:
-        original = getattr(call, which)
+        original, below = getattr(call, which), call.below
 
         def broken(*args: Any) -> Any:
             grads = list(original(*args))
@@ -280,10 +295,22 @@ def _broken_backward(call: Composite, which: str, place: int, change: Change) ->
                 grads[place] = mutation.apply(change, grads[place])
             return grads
 
+        def broken_below(info: Any, dims: Any, *args: Any) -> Any:
+            assert below is not None
+            own = list(args)
+            if len(own) > place and isinstance(own[place], torch.Tensor) and own[place].requires_grad:
+                own[place] = own[place].view_as(own[place])
+                if dims[place] == 0 or change is dropped:
+                    own[place].register_hook(lambda grad: mutation.apply(change, grad))
+            return below(info, dims, *own)
+
         setattr(call, which, broken)
+        if below is not None:
+            call.below = broken_below if which == "backward" else None  # torch's own second derivatives are not ours
         try:
             yield
         finally:
             setattr(call, which, original)
+            call.below = below
 
     return put
