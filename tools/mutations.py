@@ -73,8 +73,8 @@ class Session:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Instead of running each test once."""
-        uses = self.note_users(session.items)
-        mutations = sabotage.of_rules() + sabotage.of_composites(uses)
+        rules = sabotage.of_rules()  # before the tests add their own
+        mutations = rules + sabotage.of_composites(self.note_users(session.items))
         chosen = [mutation for mutation in mutations if mutation.name.startswith(self.only)]
         say(f"{len(session.items)} tests ran, {len(self.failing)} of them red; {len(chosen)} mutations to judge")
         self.verdicts = in_parts(lambda own: [self.judge(mutation) for mutation in own], chosen, self.processes)

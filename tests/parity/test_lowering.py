@@ -420,3 +420,19 @@ def test_no_graph_stays() -> None:
     for _ in range(3):
         memberwise.vmap(RAISING["beside"])(*given())
     assert len([one for one in gc.get_objects() if type(one).__name__ == "_RaiseBackward"]) == before
+
+
+def test_a_second_derivative_notices_what_was_written() -> None:
+    """The first does not need the input of cross entropy, and runs; for the second the layer is run again."""
+    labels = torch.tensor([0, 3, 2, 1])
+
+    def func(x: torch.Tensor) -> Any:
+        own = x * 1
+        loss = F.cross_entropy(own, labels)
+        own.zero_()
+        return loss
+
+    check(func, numbers(3, 4, 5))
+    x = numbers(3, 4, 5)
+    with pytest.raises(EngineError, match="argument 0 has been modified by an inplace operation"):
+        torch.autograd.grad(memberwise.vmap(func)(x).sum(), x, create_graph=True)

@@ -148,14 +148,8 @@ def allowed_alone(func: Callable[..., Any], args: list[torch.Tensor]) -> bool:
     return True
 
 
-KEEPS_RESULT = ("lstm", "layer_norm bare")
-KEEPS_ARGUMENTS = (
-    "batch_norm",
-    "cross_entropy",
-    "cross_entropy none",
-    "cross_entropy smooth weighted",
-    "lstm",
-)
+KEEPS_RESULT = ("lstm",)
+KEEPS_ARGUMENTS = ("lstm",)
 """Composite rules that keep more than the operation alone: an error where alone is none, never a wrong gradient."""
 
 

@@ -7,9 +7,9 @@ result. A composite is a class with two static methods on stacked tensors, below
     backward(info, in_dims, needs, inputs, kept, grad)      -> one gradient an argument, (M, *s) or None
 
 A class may also set `saves`, the places of the arguments that backward needs (all, unless it says so; the others
-arrive as None), or a function of `needs` that answers them, and then gives `again(needs, inputs, kept, *grads)`: its
-backward in differentiable torch functions on member tensors, for double backward. Without `saves` the layer is run
-again by single operations.
+arrive as None), or a function of `needs` that answers them, and `again(needs, inputs, kept, *grads)`: its backward in
+differentiable torch functions on member tensors, for double backward. Without `again` the layer is then run again by
+single operations; an argument that was written since is an error there, and there alone.
 `below(info, in_dims, *args)`, if there is one, is the layer in functions that torch differentiates itself, on stacked
 tensors; it serves where the graph lies in them (see `memberwise.engine.lowering`), and it may answer a Decline.
 `plain` is what is run then, if it is not the torch function itself. Results are taken to be contiguous alone; a
@@ -35,12 +35,14 @@ from memberwise._torch.dispatch import (
     shorten_backward,
     top_mode,
 )
+from memberwise._torch.versions import version
 from memberwise.engine import trace
 from memberwise.engine.ambient import Region
 from memberwise.engine.crossing import enter, leave, total
 from memberwise.engine.lowering import check_no_function, unlower
 from memberwise.engine.signals import Decline
 from memberwise.engine.tensor import MemberTensor, stacked, wrap, wrap_contiguous
+from memberwise.errors import EngineError, fail
 from memberwise.rules.registry import composites_disabled, register_composite
 
 _ASIDE = Decline("a transform, autocast, a saved-tensor hook or a mode is active")
@@ -61,6 +63,9 @@ class _Node(torch.autograd.Function):
         rest = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
         wanted = call.saved_places(len(args), ctx.needs_input_grad[5:])
         places = [place for place in wanted if isinstance(args[place], torch.Tensor)]
+        if call.again is None and len(places) < len(args):
+            tensors = {place: arg for place, arg in enumerate(args) if isinstance(arg, torch.Tensor)}
+            ctx.unsaved = [(place, tensors[place], version(tensors[place])) for place in tensors.keys() - {*places}]
         ctx.state = call, region, dims, below, places, rest
         if places:
             ctx.save_for_backward(*[args[place] for place in places], *kept)
@@ -79,8 +84,25 @@ class _Node(torch.autograd.Function):
             for place, tensor in zip(places, saved, strict=False):
                 args[place] = tensor
         needs = ctx.needs_input_grad[5:]
-        run = call.run_again if torch.is_grad_enabled() else call.run_backward
-        return None, None, None, None, None, *run(region, dims, below, needs, args, kept, grads)
+        if not torch.is_grad_enabled():
+            return *_NONE, *call.run_backward(region, dims, below, needs, args, kept, grads)
+        if call.again is None:
+            args = _with_unsaved(call, args, getattr(ctx, "unsaved", ()))
+        return *_NONE, *call.run_again(region, dims, below, needs, args, kept, grads)
+
+
+_NONE = (None,) * 5
+
+
+def _with_unsaved(call: Composite, args: list[Any], unsaved: Any) -> list[Any]:
+    """All arguments, those too that backward itself has not kept."""
+    args = args.copy()
+    for place, tensor, count in unsaved:
+        if version(tensor) != count:
+            what = f"{call.name}: argument {place} has been modified by an inplace operation since the forward pass"
+            fail(EngineError, "MW210", what, do="Clone it before you write, or take no second derivative")
+        args[place] = tensor
+    return args
 
 
 shorten_backward(_Node)

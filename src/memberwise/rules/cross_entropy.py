@@ -45,10 +45,11 @@ class CrossEntropy:
     """`-log softmax(x)[target]`, each sample's or reduced; a few classes lie across, `(M, C, N)` (see `softmax`)."""
 
     plain = _plain
+    saves = (1, 2)  # as alone: the labels, and the weights of classes
 
     @staticmethod
     def forward(info: Any, in_dims: Any, x: Any, target: Any, weight: Any, *rest: Any) -> Any:
-        if 0 not in in_dims or x.numel() > _LARGE:  # the node keeps its input, which alone is not kept
+        if 0 not in in_dims or x.numel() > _LARGE:  # the node holds its input, which alone is not kept
             return Decline("equal in all members, or so large that its memory counts")
         reduction, ignore, smoothing = rest
         x, target = expanded(x, in_dims[0], info.batch_size), expanded(target, in_dims[1], info.batch_size)
@@ -75,10 +76,10 @@ class CrossEntropy:
 
     @staticmethod
     def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:
-        x, target, weight, reduction, ignore, smoothing = inputs
+        _, target, weight, reduction, ignore, smoothing = inputs
         logs, total = kept
         target = expanded(target, in_dims[1], info.batch_size)
-        across = is_short(expanded(x, in_dims[0], info.batch_size), 2)
+        across = target.ndim == 2 and is_short(logs.transpose(1, 2), 2) and logs.shape[2] == target.shape[1]
         if across and weight is None and reduction == MEAN and not smoothing:
             each = (grad / total).view(-1, 1, 1).expand(*target.shape, 1)
             unused = logs.new_empty(())  # the total weight: torch reads it for the mean over all members

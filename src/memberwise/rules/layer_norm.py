@@ -119,7 +119,7 @@ class LayerNorm:
             return Decline("equal in all members")
         x = expanded(x, in_dims[0], info.batch_size)
         out, plain, mean, rstd = layer_norm(x, shape, weight, bias, (in_dims[2], in_dims[3]), eps)
-        return out, (plain, mean, rstd)
+        return out, (None if weight is None else plain, mean, rstd)
 
     @staticmethod
     def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:

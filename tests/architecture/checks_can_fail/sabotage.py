@@ -120,6 +120,14 @@ def _noting_composite(function: Any, call: Composite, uses: Uses) -> Iterator[No
         uses.note(function, "forward", args)
         return forward(info, dims, *args)
 
+    def noting_below(info: Any, dims: Any, *args: Any) -> Any:
+        uses.targets.add(function)
+        uses.note(function, "forward", args)
+        wanted = [arg if isinstance(arg, torch.Tensor) and arg.requires_grad else None for arg in args]
+        uses.note(function, "backward", wanted)
+        assert below is not None
+        return below(info, dims, *args)
+
     def noting(which: str, original: Any) -> Any:
         def gradients(*args: Any) -> Any:
             found = list(original(*args))
@@ -130,7 +138,8 @@ def _noting_composite(function: Any, call: Composite, uses: Uses) -> Iterator[No
 
     call.forward, call.backward = noting_forward, noting("backward", backward)
     call.again = again and noting("again", again)
-    call.below = None  # what torch differentiates tells nothing of its gradients
+    if below is not None:
+        call.below = noting_below
     try:
         yield
     finally:
