@@ -17,6 +17,7 @@ from memberwise.engine import again, lowering, retreat
 from memberwise.engine.ambient import Region
 from memberwise.engine.arguments import Arguments, mapped
 from memberwise.engine.closures import function_arguments
+from memberwise.engine.memory import keep_freed
 from memberwise.engine.outputs import bad, check_out_dims, outputs
 from memberwise.engine.parting import in_parts, parts
 from memberwise.engine.signals import Retreat, Unlowered
@@ -84,6 +85,7 @@ def run(
     chunk_size: int | None = None,
 ) -> Any:
     """Run `func` for all members of `arguments`, in chunks of members if asked to."""
+    keep_freed()
     with _locked(arguments.slots):
         return _run_parts(func, arguments, out_dims, randomness, generators, chunk_size)
 
