@@ -116,13 +116,7 @@ def _inside(tensor: torch.Tensor, batched: bool, region: Region) -> MemberTensor
 
 
 def _lowered(tensor: torch.Tensor, batched: bool, region: Region) -> MemberTensor:
-    if batched and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):  # of each parameter: the least
-        member = wrap(tensor, region)
-        member._outside = True
-        if tensor.storage_offset():
-            member._origin = tensor.storage_offset()
-    else:
-        member = _inside(tensor, batched, region)
+    member = _inside(tensor, batched, region)
     if tensor.requires_grad:
         member._lowered = True
     return member

@@ -5,6 +5,7 @@ A function that is not known to do one of the first two is taken to ask, or to c
 
 from __future__ import annotations
 
+from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -40,18 +41,11 @@ _ASKING = _words("""
 
 _MODULES = frozenset(("torch.nn.functional", "torch.functional"))
 _OPERATORS = type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor)
-_known: dict[Any, str] = {}
 
 
+@cache
 def kind_of(func: Any) -> str:
     """LOOKS, COMPUTES or ASKS, of what `__torch_function__` is given."""
-    kind = _known.get(func)
-    if kind is None:
-        kind = _known[func] = _classified(func)
-    return kind
-
-
-def _classified(func: Any) -> str:
     name = getattr(func, "__name__", "")
     if name == "__get__":  # a property of tensors
         name = func.__self__.__name__

@@ -13,12 +13,9 @@ import torch
 from torch.nn import functional as F
 
 from memberwise.engine.signals import Decline
-from memberwise.rules.composite import composite
+from memberwise.rules.composite import composite, without_kept
 
 _backward = torch.ops.aten.threshold_backward.default
-
-
-_EQUAL = Decline("equal in all members")
 
 
 def _signature(input: torch.Tensor, inplace: bool = False) -> Any:  # F.relu's own names
@@ -36,13 +33,11 @@ class Relu:
     @staticmethod
     def forward(info: Any, in_dims: Any, x: torch.Tensor) -> Any:
         if in_dims[0] is None:
-            return _EQUAL
+            return Decline("equal in all members")
         out = torch.relu(x)
         return out, (out,)
 
-    @staticmethod
-    def below(info: Any, in_dims: Any, x: torch.Tensor) -> Any:
-        return _EQUAL if in_dims[0] is None else torch.relu(x)
+    below = staticmethod(without_kept(forward))
 
     @staticmethod
     def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:

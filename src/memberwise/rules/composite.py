@@ -168,7 +168,7 @@ class Composite:
         if lowered and not raised and self.below is not None and trace.active is None:  # which looks at nodes
             out = self.compute(region, dims, values, self.below)
             if type(out) is not Decline:
-                return self.lowered(out, region, lowered)
+                return self.wrapped(out, region, lowered)
         try:
             return self.apply(region, dims, values, args, lowered, raised)
         except Declined as signal:
@@ -179,25 +179,13 @@ class Composite:
     ) -> Any:
         """As a node. Where no argument is raised it lies below, and so does the graph of what it returns."""
         below = [isinstance(arg, MemberTensor) and arg._lowered for arg in args]
-        given = (
-            [value if low else arg for arg, value, low in zip(args, values, below, strict=True)] if lowered else args
-        )
+        given = [value if low else arg for arg, value, low in zip(args, values, below, strict=True)]
         out = _apply(self, region, dims, values, (*below, not raised), *given)
         if not raised:
-            return self.lowered(out, region, lowered)
+            return self.wrapped(out, region, lowered)
         for member in lowered:
             member._bypassed = True
         return out
-
-    def lowered(self, out: Any, region: Region, lowered: list[MemberTensor]) -> Any:
-        """Results whose graph lies below, as that of the arguments does."""
-        for member in lowered:
-            member._bypassed = True
-        if isinstance(out, torch.Tensor):
-            result = self.wrap(out, region)
-            result._lowered = out.requires_grad
-            return result
-        return tuple([self.lowered(entry, region, []) for entry in out])
 
     def saved_places(self, count: int, needs: Any) -> Iterable[int]:
         """Which arguments backward needs."""
@@ -213,11 +201,16 @@ class Composite:
             record.note(self.name, "rule", "", trace.clock() - start)
         return found
 
-    def wrapped(self, out: Any, region: Region) -> Any:
-        """Results as member tensors."""
-        if isinstance(out, torch.Tensor):
-            return self.wrap(out, region)
-        return tuple([self.wrap(entry, region) for entry in out])
+    def wrapped(self, out: Any, region: Region, lowered: Iterable[MemberTensor] = ()) -> Any:
+        """Results as member tensors; from `lowered` arguments they have their graph below, as those do."""
+        for member in lowered:
+            member._bypassed = True
+        if not isinstance(out, torch.Tensor):
+            return tuple([self.wrapped(entry, region, lowered) for entry in out])
+        result = self.wrap(out, region)
+        if lowered and out.requires_grad:
+            result._lowered = True
+        return result
 
     def run_backward(
         self, region: Region, dims: Any, below: Any, needs: Any, args: Any, kept: Any, grads: Any
@@ -275,6 +268,16 @@ def _outside(region: Region, function: Any, *args: Any) -> Any:
         return function(*args)
     finally:
         push_mode(region)
+
+
+def without_kept(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A `below` for a class whose `forward` is made of functions that torch differentiates."""
+
+    def below(info: Any, in_dims: Any, *args: Any) -> Any:
+        found = forward(info, in_dims, *args)
+        return found if type(found) is Decline else found[0]
+
+    return below
 
 
 class Declined(Exception):

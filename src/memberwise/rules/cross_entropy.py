@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from memberwise.engine.signals import Decline
 from memberwise.rules.axis import expanded, lift
-from memberwise.rules.composite import composite
+from memberwise.rules.composite import composite, without_kept
 from memberwise.rules.loss import MEAN, NONE, REDUCTIONS, SUM, Samples, count, over_members
 from memberwise.rules.softmax import is_short, turned
 
@@ -71,8 +71,7 @@ class CrossEntropy:
     def below(info: Any, in_dims: Any, x: Any, target: Any, weight: Any, *rest: Any) -> Any:
         if weight is not None or rest[2]:
             return Decline("weighted or smoothed, which is computed in place")
-        found = CrossEntropy.forward(info, in_dims, x, target, weight, *rest)
-        return found if type(found) is Decline else found[0]
+        return without_kept(CrossEntropy.forward)(info, in_dims, x, target, weight, *rest)
 
     @staticmethod
     def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:

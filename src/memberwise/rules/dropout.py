@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from memberwise.engine.signals import Decline
-from memberwise.rules.composite import composite
+from memberwise.rules.composite import composite, without_kept
 from memberwise.rules.folding import is_among_channels
 
 
@@ -48,10 +48,7 @@ class Dropout:
         info.drawn()
         return x * noise, (noise,)
 
-    @staticmethod
-    def below(info: Any, in_dims: Any, x: torch.Tensor, p: float) -> Any:
-        found = Dropout.forward(info, in_dims, x, p)
-        return found if type(found) is Decline else found[0]
+    below = staticmethod(without_kept(forward))
 
     @staticmethod
     def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from memberwise.engine.signals import Decline
 from memberwise.rules.axis import aligned, expanded, lift
-from memberwise.rules.composite import composite
+from memberwise.rules.composite import composite, without_kept
 from memberwise.rules.registry import register_rule
 
 _aten = torch.ops.aten
@@ -222,10 +222,7 @@ class MseLoss:
         x, target = expanded(x, in_dims[0], info.batch_size), expanded(target, in_dims[1], info.batch_size)
         return over_members(_aten.mse_loss.default(x, target, NONE), reduction), ()
 
-    @staticmethod
-    def below(info: Any, in_dims: Any, *args: Any) -> Any:
-        found = MseLoss.forward(info, in_dims, *args)
-        return found if type(found) is Decline else found[0]
+    below = staticmethod(without_kept(forward))
 
     @staticmethod
     def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:
