@@ -50,7 +50,7 @@ def tracked() -> tuple[str, ...]:
     done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode == 0 and done.stdout:
         return tuple(path for path in done.stdout.splitlines() if (ROOT / path).is_file())
-    folders = ("src", "tests", "tools", "examples", "benchmarks", "docs")
+    folders = ("src", "tests", "tools", "examples", "benchmarks", "survey", "docs")
     return tuple(_files(ROOT / folder for folder in folders))
 
 

@@ -18,7 +18,7 @@ from tests.architecture.checks import (
 )
 from tests.architecture.sources import PACKAGE, ROOT, package, sources, tracked
 
-OURS = ("src", "tests", "tools", "examples", "benchmarks")
+OURS = ("src", "tests", "tools", "examples", "benchmarks", "survey")
 LONGEST_FILE = 500
 MEDIAN_FUNCTION, LONG_FUNCTION = 8, 35
 TEXT = (".py", ".md", ".toml", ".txt", ".json", ".yml", ".cfg")
