@@ -9,17 +9,20 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
 PACKAGES = ("memberwise", "torch")
 ROOT = Path(__file__).parent.parent
 
 
-def machine() -> dict[str, object]:
+def machine(device: str = "cpu") -> dict[str, object]:
     return {
         "processor": processor(),
         "cores": os.cpu_count() or 1,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.system(),
         "load_before": round(os.getloadavg()[0], 2),
+        "accelerator": accelerator(device),
     }
 
 
@@ -30,6 +33,11 @@ def processor() -> str:
     except OSError:
         found = None
     return found.group(1).strip() if found else platform.machine()
+
+
+def accelerator(device: str) -> str | None:
+    """The device's name, where it is not the processor."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
 
 
 def versions() -> dict[str, str]:

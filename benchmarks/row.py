@@ -36,6 +36,7 @@ class Request:
     start_s: float = 180.0
     check_steps: int = 5
     exact: bool = True
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -61,16 +62,17 @@ class Started:
 def measure(request: Request) -> dict[str, object]:
     """The row, in this process. Raises `Red`, before any timing, if any rival is wrong."""
     torch.set_num_threads(request.threads)
+    torch.backends.cudnn.allow_tf32 = False  # as for matmul: float32 is checked as float32, whoever runs
     torch.set_flush_denormal(True)  # Adam's moments of a dead unit decay to denormals, slow on some processors
     case = CASES[request.case]
-    batches = case.batches(request.members, request.check_steps)
+    batches = [_to(batch, request.device) for batch in case.batches(request.members, request.check_steps)]
     started = start_all(request, case, [RIVALS[name] for name in request.rivals], batches)
     steps = {
         each.rival.name: lambda number, step=each.running.step: step(batches[number % len(batches)])
         for each in started
         if each.running is not None
     }
-    samples = timing.interleaved(steps, request.pace)
+    samples = timing.interleaved(steps, request.pace, finish=timing.finisher(request.device))
     return document(request, case, started, samples)
 
 
@@ -78,11 +80,15 @@ def start_all(request: Request, case: Case, rivals: list[Rival], batches: list[B
     """Every rival, started and checked in float32, and before that in float64 if `request.exact`."""
     started = [Started(rival) for rival in rivals]
     red = []
-    exact = verify.of_loop(case, request.members, [_cast(batch, torch.float64) for batch in batches], torch.float64)
+    exact = verify.of_loop(
+        case, request.members, [_to(batch, torch.float64) for batch in batches], torch.float64, request.device
+    )
     for dtype in (torch.float64, torch.float32) if request.exact else (torch.float32,):
         torch.compiler.reset()
-        cast = [_cast(batch, dtype) for batch in batches]
-        expected = exact if dtype is torch.float64 else verify.of_loop(case, request.members, cast, dtype)
+        cast = [_to(batch, dtype) for batch in batches]
+        expected = exact if dtype is torch.float64 else verify.of_loop(
+            case, request.members, cast, dtype, request.device
+        )
         for each in started:
             if each.status == "timed":
                 wrong = start(each, request, case, cast, expected, exact)
@@ -92,8 +98,9 @@ def start_all(request: Request, case: Case, rivals: list[Rival], batches: list[B
     return started
 
 
-def _cast(batch: Batch, dtype: torch.dtype) -> Batch:
-    return tuple(part.to(dtype) if part.is_floating_point() else part for part in batch)
+def _to(batch: Batch, where: torch.dtype | str) -> Batch:
+    """On another device, or in another dtype; labels stay integers."""
+    return tuple(part.to(where) if isinstance(where, str) or part.is_floating_point() else part for part in batch)
 
 
 def start(
@@ -111,7 +118,7 @@ def start(
     try:
         with limits.at_most(request.start_s), warnings.catch_warnings():
             warnings.filterwarnings("error", _EAGERLY, StackWarning)
-            running = each.rival.start(case, [model.to(dtype) for model in case.models(request.members)])
+            running = each.rival.start(case, [model.to(request.device, dtype) for model in case.models(request.members)])
             found = verify.of_running(running, batches)
     except limits.OutOfTime:
         each.status, each.why = "cut", f"its start took more than {request.start_s:g} s"

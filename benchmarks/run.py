@@ -33,7 +33,8 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", metavar="ROW", help="names or patterns, e.g. 'mlp-*'; all if none")
     parser.add_argument("--rivals", nargs="+", default=["*"], metavar="RIVAL", help="names or patterns")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: results/table-cuda.json, one thread")
+    parser.add_argument("--threads", nargs="+", type=int, help="on a CPU 1 and 2, if none are named")
     parser.add_argument("--rounds", type=int, default=pace.rounds)
     parser.add_argument("--block", type=float, default=pace.block_s, help="seconds of a rival in a round")
     parser.add_argument("--budget", type=float, default=pace.budget_s, help="seconds of a rival in a row")
@@ -41,8 +42,10 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=row.Request.check_steps, help="steps that are checked")
     parser.add_argument("--out", type=Path, help="the results file; without ROWs or RIVALs results/table.json")
     options = parser.parse_args(argv)
+    on_cpu = options.device == "cpu"
+    options.threads = options.threads or ([1, 2] if on_cpu else [1])
     if options.out is None and not options.rows and options.rivals == ["*"]:
-        options.out = RESULTS / "table.json"
+        options.out = RESULTS / ("table.json" if on_cpu else f"table-{options.device}.json")
     return options
 
 
@@ -66,6 +69,7 @@ def requests_of(options: argparse.Namespace) -> list[row.Request]:
             start_s=options.start,
             check_steps=options.steps,
             exact=threads == options.threads[0],
+            device=options.device,
         )
         for name in matching(list(rows), options.rows)
         for threads in options.threads
@@ -119,7 +123,7 @@ def show(document: dict[str, Any], console: Console) -> None:
 def main(argv: list[str] | None = None, measure: Measure = worker.measure) -> None:
     """Measure, print, write; ends with code 1, and writes nothing, if any check was red."""
     options, console = options_of(argv), Console()
-    before = machine.machine()
+    before = machine.machine(options.device)
     if before["load_before"] > 0.5:
         console.print(f"[yellow]this machine is busy (load {before['load_before']}): figures will be rough[/]")
     rows, red = [], []

@@ -23,7 +23,14 @@ class Maybe(NamedTuple):
 NUMBER = (int, float)
 STATUS = {"timed", "cut", "cannot"}
 INTERVAL = {"median": NUMBER, "low": NUMBER, "high": NUMBER}
-MACHINE = {"processor": str, "cores": int, "memory_gib": NUMBER, "system": str, "load_before": NUMBER}
+MACHINE = {
+    "processor": str,
+    "cores": int,
+    "memory_gib": NUMBER,
+    "system": str,
+    "load_before": NUMBER,
+    "accelerator": Maybe(str),
+}
 VERSIONS = {"python": str, "commit": str, "memberwise": str, "torch": str}
 HEAD = {"schema": int, "kind": {"table", "overhead"}, "date": str, "machine": MACHINE, "versions": VERSIONS}
 FIGURE = {

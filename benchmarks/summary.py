@@ -66,7 +66,8 @@ def origin(document: dict[str, Any]) -> str:
     """What was measured, where and when, in one paragraph."""
     machine, versions = document["machine"], document["versions"]
     what = _OVERHEAD if document["kind"] == "overhead" else _TABLE.format(document["settings"]["rounds"])
-    where = f"{machine['processor']}, {machine['cores']} cores, torch {versions['torch']}"
+    place = machine["accelerator"] or f"{machine['processor']}, {machine['cores']} cores"
+    where = f"{place}, torch {versions['torch']}"
     return f"{what} {where}, commit {versions['commit']}, {document['date']}."
 
 

@@ -7,8 +7,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 Step = Callable[[int], object]
 """Runs training step number i."""
+
+
+def nothing() -> None:
+    """A CPU has done its work when the call returns."""
+
+
+def finisher(device: str) -> Callable[[], None]:
+    """Waits until the device has done what it was given."""
+    return torch.cuda.synchronize if torch.device(device).type == "cuda" else nothing
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,7 @@ class Runner:
     """One rival at the start: how many steps a block has, what it has measured and what that took."""
 
     step: Step
+    finish: Callable[[], None] = nothing
     steps: int = 1
     done: int = 0
     spent: float = 0.0
@@ -35,20 +47,23 @@ class Runner:
         begin = time.perf_counter()
         for number in range(self.done, self.done + self.steps):
             self.step(number)
+        self.finish()
         took = time.perf_counter() - begin
         self.done += self.steps
         self.spent += took
         return took / self.steps
 
 
-def interleaved(steps: dict[str, Step], pace: Pace, seed: int = 0) -> dict[str, list[float]]:
+def interleaved(
+    steps: dict[str, Step], pace: Pace, seed: int = 0, finish: Callable[[], None] = nothing
+) -> dict[str, list[float]]:
     """Seconds a step in each round, by rival. Sample i of one and sample i of another were neighbours.
 
     The order within a round is drawn anew for each. A rival whose budget is spent runs in no further round:
     it has fewer samples than `pace.rounds`, and at least one.
     """
     order = random.Random(seed)
-    runners = {name: Runner(step) for name, step in steps.items()}
+    runners = {name: Runner(step, finish) for name, step in steps.items()}
     for runner in runners.values():
         runner.steps = _steps_of_a_block(runner, pace)
     for number in range(pace.rounds):

@@ -34,12 +34,14 @@ class Trajectory:
     state: dict[str, Tensor]
 
 
-def of_loop(case: Case, members: int, batches: list[Batch], dtype: torch.dtype) -> Trajectory:
+def of_loop(
+    case: Case, members: int, batches: list[Batch], dtype: torch.dtype, device: str = "cpu"
+) -> Trajectory:
     """The reference: each member alone, in plain PyTorch, as its user would train it."""
-    losses = torch.zeros(len(batches), members, dtype=dtype)
+    losses = torch.zeros(len(batches), members, dtype=dtype, device=device)
     states = []
     for member, model in enumerate(case.models(members)):
-        model.to(dtype)
+        model.to(device, dtype)
         optimizer = torch.optim.Adam(model.parameters(), lr=LR)
         for number, batch in enumerate(batches):
             optimizer.zero_grad()

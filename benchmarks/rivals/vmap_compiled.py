@@ -43,7 +43,7 @@ def start(case: Case, models: list[nn.Module], differentiate=of_each) -> Running
     params = {name: param.detach() for name, param in stacked.items()}
     first = {name: torch.zeros_like(param) for name, param in params.items()}
     second = {name: torch.zeros_like(param) for name, param in params.items()}
-    count = torch.zeros(1, dtype=torch.float64)
+    count = torch.zeros(1, dtype=torch.float64, device=next(iter(params.values())).device)
     template = models[0]
 
     def loss_of_one(params, buffers, *batch):
