@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,11 +14,18 @@ from memberwise.differences import listed
 from memberwise.errors import ArgumentError, StackWarning, fail, text
 from memberwise.gathering import Gathered, gather
 from memberwise.generators import make_generators
+from memberwise.lazy import Examples
 from memberwise.module import Stack
 from memberwise.names import tied
 
 
-def stack(models: Iterable[nn.Module], shared: Sequence[str] = ()) -> Stack:
+def stack(
+    models: Iterable[nn.Module],
+    shared: Sequence[str] = (),
+    *,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Stack:
     """Stack M live models of one class into one module; the models stay as they are.
 
     Shapes: a parameter or buffer `(*s)` becomes `(M, *s)`, a copy; dtypes and devices stay. State that is one object
@@ -26,10 +34,16 @@ def stack(models: Iterable[nn.Module], shared: Sequence[str] = ()) -> Stack:
     Args:
         models: a sequence, `nn.ModuleList` or iterator of modules.
         shared: names of shared state, or patterns of them: `"trunk.*"`.
+        example_inputs: a tuple of arguments, for lazy models (`nn.LazyLinear` and the like): each that has tensors
+            without values is called on them once, in its own mode, as it comes; `each(x)` marks what has an entry a
+            member. Parameters get the values, and the random stream ends, as after that call alone. All else that the
+            call does to a model is undone: its first batch does not count in running statistics, for example.
+        example_kwargs: keyword arguments of that call.
 
     Raises:
-        StateError: (a RuntimeError) as `stack_module_state` [MW101 to MW104]; state is one object in all models and
-            not named in `shared`, or the other way around [MW105]; a model cannot be copied [MW301].
+        StateError: (a RuntimeError) as `stack_module_state` [MW101 to MW104]; a lazy model fails on the example
+            inputs [MW104]; state is one object in all models and not named in `shared`, or the other way around
+            [MW105]; a model cannot be copied [MW301].
 
     Warns:
         StackWarning: models differ outside their tensors [MW106]: all run as the first does; `unstack()` gives each
@@ -39,12 +53,15 @@ def stack(models: Iterable[nn.Module], shared: Sequence[str] = ()) -> Stack:
     >>> stacked = stack([nn.Linear(3, 2) for _ in range(4)])
     >>> stacked(torch.zeros(5, 3)).shape
     torch.Size([4, 5, 2])
+    >>> stack([nn.LazyLinear(2) for _ in range(4)], example_inputs=(torch.zeros(5, 3),)).weight.shape
+    torch.Size([4, 2, 3])
     """
     shared = (shared,) if isinstance(shared, str) else tuple(shared)
     attributes = Attributes()
     if not isinstance(models, Iterable) or isinstance(models, nn.ModuleDict | Mapping):
         gather(models)  # raises
     count = len(models) if isinstance(models, Sized) else None
+    models = Examples(example_inputs, example_kwargs).materialised(models)
     gathered = gather(_noted(models, attributes), shared=shared, same="refuse", count=count, stacklevel=2)
     return _made(gathered, attributes, stacklevel=2)
 
@@ -55,6 +72,8 @@ def build(
     seeds: Iterable[int],
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
 ) -> Stack:
     """Stack the models that `factory()` makes, one a seed: member i is `torch.manual_seed(seeds[i]); factory()`.
 
@@ -68,6 +87,8 @@ def build(
         seeds: M ints.
         device: where to put the stack; the factory's models are moved there one by one.
         dtype: of floating and complex tensors.
+        example_inputs, example_kwargs: for lazy models, as in `stack`: each is called on them after it was made, under
+            its seed, and before it is moved.
 
     Raises:
         ArgumentError: (a ValueError) seeds are no ints, or there are none [MW302].
@@ -82,8 +103,9 @@ def build(
     numbers = _checked(seeds)
     streams: list[torch.Generator] = []
     attributes = Attributes()
+    examples = Examples(example_inputs, example_kwargs)
     gathered = gather(
-        _noted(_seeded(factory, numbers, streams), attributes),
+        _noted(_seeded(factory, numbers, streams, examples), attributes),
         same="refuse",
         count=len(numbers),
         device=device,
@@ -105,13 +127,14 @@ def _checked(seeds: Iterable[int]) -> list[int]:
 
 
 def _seeded(
-    factory: Callable[[], nn.Module], seeds: Sequence[int], streams: list[torch.Generator]
+    factory: Callable[[], nn.Module], seeds: Sequence[int], streams: list[torch.Generator], examples: Examples
 ) -> Iterator[nn.Module]:
     """One model a seed, made under that seed; and, in `streams`, where each model's stream stands afterwards."""
-    for seed in seeds:
+    for member, seed in enumerate(seeds):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model = factory()
+            examples.materialise(model, member)
             streams.append(torch.Generator().set_state(torch.default_generator.get_state()))
         yield model
         del model

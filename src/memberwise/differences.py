@@ -32,7 +32,7 @@ HEADS: dict[str, tuple[str, str]] = {
     "MW102": ("expected all models to be of the same class", GROUP_THEM),
     "MW104": (
         "expected all parameters and buffers to have values, but some are uninitialised",
-        "Run each lazy model once on an example input, or give its sizes",
+        "Let stack(models, example_inputs=(x,)) call each lazy model once, or do so yourself, or give its sizes",
     ),
     "MW103": (
         "expected all models to be the same but for the values of their parameters and buffers "
