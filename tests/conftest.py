@@ -1,11 +1,13 @@
-"""What every test runs under: one thread, one compiler process, hypothesis without deadlines, the seed printed."""
+"""What every test runs under: one thread, one compiler process, hypothesis without deadlines, the seed printed; and
+strict, so that an error in a rule is no slow path."""
 
 from __future__ import annotations
 
 import os
 
-# Read when torch is first imported. A pool of compiler processes a worker would cost more than it saves.
+# Read when torch and memberwise are first imported. Pools of compiler processes would cost more than they save.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MEMBERWISE_STRICT", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import random

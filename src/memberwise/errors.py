@@ -26,6 +26,7 @@ CODES: dict[str, str] = {
     "MW208": "the members part ways in a backward pass, where no way back exists",
     "MW209": "a call with random streams of its own draws in a backward pass",
     "MW210": "an argument of a layer was written before a second derivative was taken",
+    "MW211": "a rule raised what no member raises alone",
     "MW301": "a member, or the stack, cannot be copied",
     "MW302": "build() was called with seeds it cannot use",
     "MW303": "random streams do not fit the stack",

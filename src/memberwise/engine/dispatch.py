@@ -18,6 +18,7 @@ from memberwise.engine.layout import count_write, promote, relatives, settle
 from memberwise.engine.lowering import unlower
 from memberwise.engine.operation import Operation, describe
 from memberwise.engine.signals import Decline, part_ways
+from memberwise.engine.strict import blame
 from memberwise.engine.tensor import MemberTensor, wrap, wrap_contiguous, wrap_unbatched, wrap_view
 
 
@@ -66,7 +67,11 @@ def _quick(op: Operation, args: Any, region: Region | None) -> Any:
             return None
     if source is None or region is None:
         return None
-    out = op.rule(region, dims, *values)
+    try:
+        out = op.rule(region, dims, *values)
+    except Exception as error:
+        blame(error, op.name, op.func, region.batch_size, values, dims, {})
+        raise
     if type(out) is Decline:
         return None
     return _wrap(*out, region, source if op.is_view else None, op.lone_contiguous)

@@ -13,6 +13,7 @@ from memberwise.engine.layout import lone_strides, relaid
 from memberwise.engine.operation import Operation
 from memberwise.engine.signals import Decline, part_ways
 from memberwise.engine.slices import member_slice, stack_results
+from memberwise.engine.strict import blame
 from memberwise.errors import EngineError, fail
 
 
@@ -23,7 +24,11 @@ def descend(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) 
     path, reason, apart = "rule", "", False
     found = None
     if op.rule is not None:
-        found = op.rule(region, dims, *values, **kwargs)
+        try:
+            found = op.rule(region, dims, *values, **kwargs)
+        except Exception as error:
+            blame(error, op.name, op.func, region.batch_size, values, dims, kwargs)
+            raise
         if type(found) is Decline:
             reason, apart, found = found.reason, found.by_member, None
     if found is None and op.is_random and draws.draws(op, values, kwargs):

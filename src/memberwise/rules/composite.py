@@ -41,6 +41,7 @@ from memberwise.engine.ambient import Region
 from memberwise.engine.crossing import enter, leave, total
 from memberwise.engine.lowering import check_no_function, unlower
 from memberwise.engine.signals import Decline
+from memberwise.engine.strict import blame
 from memberwise.engine.tensor import MemberTensor, stacked, wrap, wrap_contiguous
 from memberwise.errors import EngineError, fail
 from memberwise.rules.registry import composites_disabled, register_composite
@@ -196,7 +197,11 @@ class Composite:
         """Forward on the stacked tensors, or another formula for it."""
         record = trace.active
         start = trace.clock() if record is not None else 0.0
-        found = _outside(region, formula or self.forward, region, dims, *values)
+        try:
+            found = _outside(region, formula or self.forward, region, dims, *values)
+        except Exception as error:
+            blame(error, self.name, self.function, region.batch_size, values, dims, {})
+            raise
         if record is not None and type(found) is not Decline:
             record.note(self.name, "rule", "", trace.clock() - start)
         return found
@@ -222,7 +227,11 @@ class Composite:
             grads = [None if grad is None else stacked(grad, region) for grad in grads]
         own = [arg._inner if isinstance(arg, MemberTensor) else arg for arg in args]
         grad = grads[0] if len(grads) == 1 else grads
-        found = _outside(region, self.backward, region, dims, needs, own, kept, grad)
+        try:
+            found = _outside(region, self.backward, region, dims, needs, own, kept, grad)
+        except Exception as error:
+            blame(error, self.name + "_backward", None, region.batch_size, own, dims, {})
+            raise
         if record is not None:
             record.note(self.name + "_backward", "rule", "", trace.clock() - start)
         return [
