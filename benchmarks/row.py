@@ -86,8 +86,8 @@ def start_all(request: Request, case: Case, rivals: list[Rival], batches: list[B
     for dtype in (torch.float64, torch.float32) if request.exact else (torch.float32,):
         torch.compiler.reset()
         cast = [_to(batch, dtype) for batch in batches]
-        expected = exact if dtype is torch.float64 else verify.of_loop(
-            case, request.members, cast, dtype, request.device
+        expected = (
+            exact if dtype is torch.float64 else verify.of_loop(case, request.members, cast, dtype, request.device)
         )
         for each in started:
             if each.status == "timed":
@@ -118,7 +118,9 @@ def start(
     try:
         with limits.at_most(request.start_s), warnings.catch_warnings():
             warnings.filterwarnings("error", _EAGERLY, StackWarning)
-            running = each.rival.start(case, [model.to(request.device, dtype) for model in case.models(request.members)])
+            running = each.rival.start(
+                case, [model.to(request.device, dtype) for model in case.models(request.members)]
+            )
             found = verify.of_running(running, batches)
     except limits.OutOfTime:
         each.status, each.why = "cut", f"its start took more than {request.start_s:g} s"

@@ -34,9 +34,7 @@ class Trajectory:
     state: dict[str, Tensor]
 
 
-def of_loop(
-    case: Case, members: int, batches: list[Batch], dtype: torch.dtype, device: str = "cpu"
-) -> Trajectory:
+def of_loop(case: Case, members: int, batches: list[Batch], dtype: torch.dtype, device: str = "cpu") -> Trajectory:
     """The reference: each member alone, in plain PyTorch, as its user would train it."""
     losses = torch.zeros(len(batches), members, dtype=dtype, device=device)
     states = []
