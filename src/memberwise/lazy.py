@@ -31,11 +31,11 @@ class Examples:
     def materialised(self, models: Iterable[Any]) -> Iterator[Any]:
         """The models, each with values in all its parameters and buffers."""
         member = 0
-        for model in models:  # `enumerate` would hold a model while the next one is made
+        for model in models:
             self.materialise(model, member)
             yield model
             del model
-            member += 1
+            member += 1  # noqa: SIM113 `enumerate` would hold a model while the next one is made
 
     def materialise(self, model: Any, member: int) -> None:
         """Call a lazy model as it would be called alone, in its own mode; then undo what is not materialisation."""
