@@ -65,7 +65,7 @@ def _try(tally: Tally, sample: Sample, trial: Trial) -> None:
         return  # no such run alone: a second derivative that torch does not have
     where = f"{sample.about or 'plain'}, {trial.way}, {'shared' if trial.shared else 'own'} inputs"
     truth = _truth(trial, drew)
-    if trial.way == "gradients":
+    if trial.way == "gradients" and trial.is_mapped:
         tally.torch.append(_torch_verdict(trial, lone, drew, truth))
     try:
         ours, entries = together(trial)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -40,7 +41,12 @@ class Trial:
     @property
     def lazy(self) -> bool:
         """Whether the models get their parameters in their first call."""
-        return any(map(is_lazy, self.models[0].parameters()))
+        return any(map(is_lazy, _tensors(self.models[0])))
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether anything has an entry a member: of nothing, torch.func makes no M results."""
+        return not self.shared or any(True for _ in _tensors(self.models[0]))
 
     @property
     def members(self) -> range:
@@ -70,6 +76,10 @@ class Trial:
         """What a run gave."""
         wanted = {**dict(params), **tracked(inputs)}
         return gathered(out, members, wanted, dict(buffers), shared=self.shared, orders=WAYS[self.way])
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
 
 
 def copied(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

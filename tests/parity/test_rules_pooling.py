@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from memberwise.rules import pooling
 from tests.parity.rule_case import RuleCase, case, of
@@ -102,3 +103,15 @@ def test_members_that_lie_among_the_channels_are_pooled_there() -> None:
         return out
 
     check(pooled, numbers(3, 2, 2, 6, 6), numbers(3, 4, 2, 3, 3))
+
+
+def test_one_sample_that_all_members_share_is_pooled_in_three_dimensions() -> None:
+    """torch's backward reads places of maxima that lie expanded out of bounds."""
+    from tests.parity.loops import check, numbers
+
+    check(
+        lambda weight, x: F.adaptive_max_pool3d(x, 2) * weight,
+        numbers(3, 1, 1, 1, 1),
+        numbers(2, 4, 4, 5),
+        in_dims=(0, None),
+    )

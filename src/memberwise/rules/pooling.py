@@ -33,6 +33,8 @@ def _folded(call: Callable[..., Any], space: int, places: tuple[int, ...]) -> An
         if any(is_channels_last(values[place]) for place in places):
             return Decline("memory in channels_last order", by_member=True)
         if values[0].ndim == space + 2:  # one sample a member, no batch: members are one
+            for place in places:  # torch reads the places of maxima in 3d from other memory wrongly
+                values[place] = values[place].contiguous()
             return call(*values), 0
         channels = is_among_channels(values[places[-1]])
         into, out_of = (into_channels, out_of_channels) if channels else (into_batch, out_of_batch)
