@@ -1,4 +1,4 @@
-"""The composite rule of relu, by each of its names."""
+"""The composite rule of relu, by each of its names; and rrelu in evaluation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from torch.nn import functional as F
 from tests.parity.loops import check, numbers
 from tests.parity.rule_case import RuleCase, case, of
 
+_aten = torch.ops.aten
 CASES = [
     case(function, of(2, 3), name=name, declines=True, batch_dims=(0,))
     for name, function in {"torch": torch.relu, "functional": F.relu, "method": torch.Tensor.relu}.items()
+] + [
+    case(
+        torch.ops.aten.rrelu_with_noise.default, of(2, 3), of(2, 3), 0.1, 0.3, False, state=(1,), stacked=[(0, 1), (1,)]
+    ),
+    case(_aten.rrelu_with_noise_.default, of(2, 3), of(2, 3), state=(0, 1), stacked=[(0, 1)]),
 ]
 
 

@@ -25,6 +25,13 @@ CASES = [
         grad=False,
         batch_dims=(0, 0, None, None, None),
     ),
+    case(
+        _aten.embedding_renorm_.default,
+        *(of(6, 3), whole(4, 2, 5), 1.0, 2.0),
+        state=(0,),
+        stacked=[(0, 1), (0,)],
+        declines=True,
+    ),
     *[case(F.embedding_bag, whole(6, 2, 5), of(6, 3), None, name=mode, mode=mode) for mode in ("sum", "mean", "max")],
     case(
         F.embedding_bag, whole(6, 7), of(6, 3), torch.tensor([0, 3, 3, 5]), name="offsets", stacked=[(0, 1), (0,), (1,)]

@@ -25,6 +25,8 @@ CASES = [
     ],
     case(_aten.addmm.default, of(3), of(9, 4), of(4, 3), name="scaled", beta=0.5, alpha=2),
     case(_aten.addmm.default, of(3), of(2, 4), of(4, 3), name="no bias", beta=0, alpha=2),
+    case(_aten._trilinear.default, of(5, 2), of(4, 2, 3), of(5, 3), [1, 3], [0], [1, 2], [2, 3]),
+    case(_aten._trilinear.default, of(5, 2), of(5, 3), of(2, 3), [2], [1], [0], [1], 2, name="elsewhere"),
     case(F.linear, of(2, 3), of(4, 3), of(4), declines=True, batch_dims=(0, None, None)),
     case(F.linear, of(9, 5), of(3, 5), of(3), name="narrow", declines=True),
     case(F.linear, of(9, 3), of(30, 3), None, name="narrow input"),

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import memberwise
+from memberwise.engine import trace
 from memberwise.rules.pointwise import BINARY, UNARY
 from memberwise.rules.registry import RULES
 from tests.parity.loops import check, numbers
@@ -153,3 +155,20 @@ def test_a_number_does_not_raise_the_type(one: torch.dtype, other: torch.dtype, 
         in_dims=dims,
         gradients=False,
     )
+
+
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "div"])
+def test_prims(name: str) -> None:
+    case(getattr(torch.ops.prims, name).default, of(3, 4), of(3, 4, seed=1), grad=False).check()
+
+
+def test_lazy_zeros_of_a_second_derivative_go_by_rules() -> None:
+    """torch adds them on the meta device, by operations that it cannot batch."""
+
+    def penalty(x: torch.Tensor) -> torch.Tensor:
+        (grad,) = torch.autograd.grad(F.lp_pool1d(x, 2, 2).sum(), x, create_graph=True)
+        return grad.square().sum()
+
+    with trace.recording() as record:
+        check(penalty, numbers(3, 1, 2, 6))
+    assert not [entry.op for entry in record.entries.values() if entry.path == "loop"]

@@ -43,6 +43,9 @@ CASES = [
         *(of(2, 2, 2, 2, 2), _solid, _aten.adaptive_max_pool3d.default(_solid, [2, 2, 2])[1]),
         thorough=False,  # torch reads indices from other memory wrongly
     ),
+    case(_aten.max_unpool2d.default, _max2.default(_flat, [2, 2])[0], _indices2, [5, 5], batch_dims=(0, 0, None)),
+    case(_aten.max_unpool2d.default, of(3, 2, 2), _indices2[0], [5, 5], name="no batch"),
+    case(_aten.max_unpool3d.default, of(2, 2, 2, 2, 2), _indices3, [4, 4, 4], [2, 2, 2], [0, 0, 0]),
 ]
 
 HALVED = [

@@ -21,7 +21,9 @@ from memberwise.engine import trace
 from memberwise.engine.ambient import Region, refuse_to_draw_again
 from memberwise.engine.arguments import Arguments
 from memberwise.engine.crossing import enter, leave
+from memberwise.engine.draws import draws
 from memberwise.engine.layout import count_write
+from memberwise.engine.operation import describe
 from memberwise.engine.rows import Rows
 from memberwise.engine.signals import Retreat
 from memberwise.engine.slots import MODULE_ATTRIBUTES, Slots, Swap
@@ -342,7 +344,7 @@ class _RefuseDraws(DispatchMode):
     """randomness="error" for a run by members."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and draws(describe(func), args, kwargs or {}):
             what = f"vmap: called random operation {func} while in randomness error mode"
             fail(EngineError, "MW202", what, do="Pass randomness='different' or 'same', or generators=")
         return func(*args, **(kwargs or {}))

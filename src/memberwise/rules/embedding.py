@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from memberwise.engine.signals import Decline
 from memberwise.rules.axis import expanded
 from memberwise.rules.registry import LONE_CONTIGUOUS, register_rule
 
@@ -75,3 +76,13 @@ def embedding_dense_backward(
     """As `embedding`."""
     grad = expanded(grad, in_dims[0], info.batch_size)
     return table_gradient(grad, indices, in_dims[1], count, padding, by_frequency), 0
+
+
+@register_rule(_aten.embedding_renorm_.default)
+def embedding_renorm_(info: Any, in_dims: Any, weight: Any, indices: Any, max_norm: float, norm_type: float) -> Any:
+    """In place, of the rows that are looked up; torch has no batching rule for it."""
+    if not weight.is_contiguous():
+        return Decline("tables that do not lie one above the other")
+    rows = rows_of_all(expanded(indices, in_dims[1], info.batch_size), weight.shape[1])
+    _aten.embedding_renorm_.default(weight.view(-1, weight.shape[-1]), rows, max_norm, norm_type)
+    return weight, 0

@@ -96,3 +96,12 @@ def addmm(
     size = info.batch_size
     held = lift(bias, 2) if bias_dim == 0 else bias
     return batched_plus(held, expanded(a, a_dim, size), expanded(b, b_dim, size), beta, alpha), 0
+
+
+@register_rule(_aten._trilinear.default)
+def trilinear(info: Any, in_dims: Any, a: Any, b: Any, c: Any, *where: Any) -> Any:
+    """The product of three tensors and its sum, of which a bilinear layer and its gradients are made; torch has no
+    batching rule for it. Members are one more dimension that all three have."""
+    full = (expanded(value, dim, info.batch_size) for value, dim in zip((a, b, c), in_dims, strict=False))
+    *lists, unroll = where if len(where) == 5 else (*where, 1)
+    return _aten._trilinear.default(*full, *([k + 1 for k in own] for own in lists), unroll + 1), 0

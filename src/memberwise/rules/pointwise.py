@@ -39,7 +39,7 @@ threshold_backward gelu_backward silu_backward mish_backward elu_backward hardta
 leaky_relu_backward sigmoid_backward tanh_backward softplus_backward softshrink_backward hardshrink_backward
 hardsigmoid_backward hardswish_backward logit_backward log_sigmoid_backward native_dropout_backward where
 addcmul addcdiv lerp clamp clamp_min clamp_max masked_fill polar complex igamma igammac
-_prelu_kernel _prelu_kernel_backward
+_prelu_kernel _prelu_kernel_backward rrelu_with_noise_backward
 """)
 
 _SKIPPED = {"copy_", "fill_"}
@@ -184,3 +184,15 @@ def fill_(info: Any, in_dims: Any, target: torch.Tensor, value: torch.Tensor) ->
 register_rule(_aten.fill.Scalar, _unary(_aten.fill.Scalar))
 register_rule(_aten.fill_.Scalar, _unary(_aten.fill_.Scalar))
 register_rule(_aten.zero_.default, _unary(_aten.zero_.default))
+
+
+def _of_one_shape(call: Callable[..., Any]) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: Any, *args: torch.Tensor) -> Any:
+        return call(*(expanded(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True))), 0
+
+    return rule
+
+
+for _name in ("add", "sub", "mul", "div"):  # by which torch infers the type of a sum with a lazy zero, on meta tensors
+    _prim = getattr(torch.ops.prims, _name).default
+    register_rule(_prim, _of_one_shape(_prim))

@@ -1,4 +1,4 @@
-"""Pooling: members among the batch, or among the channels where they lie so (after a convolution)."""
+"""Pooling, and its undoing: members among the batch, or among the channels where they lie so (after a convolution)."""
 
 from __future__ import annotations
 
@@ -110,3 +110,7 @@ for _name, _space in _POOLS.items():
         _rule = _folded(_op, _space, _tensor_places(_op))
         register_rule(_op, _max_pool2d(_rule) if _op is _aten.max_pool2d_with_indices.default else _rule)
         LONE_CONTIGUOUS.add(_op)
+
+for _op, _space in ((_aten.max_unpool2d.default, 2), (_aten.max_unpool3d.default, 3)):  # differentiated as a gather
+    register_rule(_op, _folded(_op, _space, (0, 1)))
+    LONE_CONTIGUOUS.add(_op)
