@@ -221,6 +221,14 @@ def test_a_count_of_writes_can_be_set_back() -> None:
     assert versions.version(y) == 0
 
 
+def test_a_detached_row_shares_the_count_of_writes_and_is_no_view() -> None:
+    """What `engine/rows.py` is built on."""
+    whole = torch.zeros(3, 2, requires_grad=True) * 1
+    row = whole.select(0, 1).detach()
+    row.add_(1)
+    assert not row._is_view() and versions.version(whole) == versions.version(row) == 1
+
+
 def test_users_functions_are_noted() -> None:
     """Breaks: backward code of a user's Function would run outside of the call that made its node."""
     code = """

@@ -296,6 +296,8 @@ BY_MEMBERS: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "a view made under no_grad is written": lambda x, s: viewed(x, s) * (2 if differs(x) else 3),
     "written with a gradient": lambda x, s: (s.mul_(x), s * x * (2 if differs(x) else 3))[1],
     "hook": lambda x, s: hooked(x) * s,
+    "hook on what was written with gradients off": lambda x, s: hooked_when_written(x) * s,
+    "hook on what was written, then written again": lambda x, s: hooked_when_written(s.mul_(x)) * x,
     "requires_grad_": lambda x, s: torch.autograd.grad((s.requires_grad_() * x).sum(), s, create_graph=True)[0]
     * (2 if differs(x) else 3),
 }  # fmt: skip
@@ -308,7 +310,31 @@ def viewed(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     return torch.cat([half, s[2:]]) * x
 
 
+def hooked_when_written(x: torch.Tensor) -> torch.Tensor:
+    """Alone `x` is no view; torch 2.13 ends the process where it is one."""
+    with torch.no_grad():
+        x.add_(1.0)
+    x.register_hook(lambda grad: grad * 2)
+    return x * (2 if differs(x) else 3)
+
+
 @pytest.mark.parametrize("name", BY_MEMBERS)
 def test_a_run_by_members_is_m_lone_runs(name: str) -> None:
     """Each member's tensors are its own: no version, no hook and no flag of one reaches another."""
     check(BY_MEMBERS[name], numbers(4, 4, seed=5), numbers(4, 4, seed=6, grad=False))
+
+
+def test_a_tensor_given_twice_is_one_tensor_to_each_member() -> None:
+    """Written through one name, its other name has the history."""
+    leaf = numbers(3, 4, seed=5)
+
+    def func(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        assert first is second
+        first.mul_(2.0)
+        return second * (2 if differs(second) else 3)
+
+    given = leaf * 1
+    memberwise.vmap(func)(given, given).sum().backward()
+    factors = torch.tensor([[4.0 if differs(row) else 6.0] for row in leaf], dtype=leaf.dtype)
+    assert_equal(leaf.grad, factors.expand(3, 4))
+    assert_equal(given.detach(), 2 * leaf.detach())

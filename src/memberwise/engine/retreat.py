@@ -193,6 +193,7 @@ class _MemberRows:
         return self._rows.turn()
 
     def write_back(self) -> None:
+        self._rows.write_back()
         for member, base, node, _ in self._of.values():
             if not self._rows.written(base):
                 continue
@@ -248,6 +249,7 @@ def by_members(func: Callable[..., Any], arguments: Arguments, out_dims: Any, re
                 outs.append(func(*args, **kwargs))
             for solo in solos.values():
                 solo.collect()
+    rows.write_back()
     _warn(f"the function ran member by member: {signal.reason}", signal)
     if trace.active is not None:
         trace.active.note(getattr(func, "__name__", repr(func)), "retreat", signal.reason, trace.clock() - start)

@@ -1,8 +1,12 @@
 """Stacked tensors as the members' own, for members that run one by one.
 
-A row shares the stacked tensor's memory, and with it the count of writes by which autograd knows that a tensor it has
-saved was changed. So the counts start anew for each member: what one writes is no change of what another keeps. At the
-end they stand at the highest, so that a later write to the stacked tensor is one for every member.
+A row shares the stacked tensor's memory, and is no view of it in autograd's eyes: what a member hooks, or writes into
+its row with gradients off, finds a tensor that has one node, as alone. (torch 2.13 ends the process at a hook on a
+view that was written so.) One node takes all rows out of the stacked tensor, and stacks their gradients.
+
+With the memory a row shares the count of writes by which autograd knows that a tensor it has saved was changed. So the
+counts start anew for each member: what one writes is no change of what another keeps. At the end they stand at the
+highest, so that a later write to the stacked tensor is one for every member.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ from typing import Any
 
 import torch
 
+from memberwise._torch.dispatch import functorch_active, has_tangents
 from memberwise._torch.versions import set_versions, version
+from memberwise.engine.lowering import raise_for_function
 
 
 class Rows:
@@ -29,16 +35,20 @@ class Rows:
     """
 
     def __init__(self) -> None:
+        self._columns: dict[tuple[int, int], _Column] = {}
         self._bases: list[torch.Tensor] = []
         self._before: list[int] = []
         self._highest: list[int] = []
 
     def of(self, tensor: torch.Tensor, dim: int = 0) -> Sequence[torch.Tensor]:
-        """One view a member; single views, which may be written where several of one node may not."""
-        self._bases.append(tensor)
-        self._before.append(version(tensor))
-        self._highest.append(version(tensor))
-        return _Column(tensor, dim)
+        """One row a member; the same rows, if the tensor has been asked for before."""
+        column = self._columns.get((id(tensor), dim))
+        if column is None:
+            column = self._columns[id(tensor), dim] = _Column(tensor, dim)
+            self._bases.append(tensor)
+            self._before.append(version(tensor))
+            self._highest.append(version(tensor))
+        return column.rows
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -55,20 +65,51 @@ class Rows:
         k = next(k for k, base in enumerate(self._bases) if base is tensor)
         return self._highest[k] > self._before[k]
 
+    def write_back(self) -> None:
+        """After the last turn: what members computed into their rows, the stacked tensors have computed."""
+        for column in self._columns.values():
+            column.write_back()
+        set_versions(self._bases, self._highest)
 
-class _Column(Sequence[torch.Tensor]):
-    """The rows of one tensor, each made when it is asked for: a view of before another's write would not know of it."""
+
+class _Column:
+    """The rows of one tensor, and the nodes that autograd knew them by when they were handed out."""
 
     def __init__(self, tensor: torch.Tensor, dim: int) -> None:
         self._tensor, self._dim = tensor, dim
-        self._made: dict[int, torch.Tensor] = {}
+        self._are_views = functorch_active() or has_tangents()  # which follow no node of ours
+        if self._are_views:
+            self.rows: Sequence[torch.Tensor] = [tensor.select(dim, i) for i in range(tensor.shape[dim])]
+        elif torch.is_grad_enabled() and tensor.requires_grad:
+            raise_for_function((tensor,))
+            self.rows = _TakeOut.apply(tensor, dim)  # type: ignore[assignment] # a tuple of tensors
+        else:
+            self.rows = _rows(tensor, dim)
+        self._nodes = [None if self._are_views else row.grad_fn for row in self.rows]
 
-    def __len__(self) -> int:
-        return self._tensor.shape[self._dim]
+    def write_back(self) -> None:
+        if self._are_views or all(row.grad_fn is node for row, node in zip(self.rows, self._nodes, strict=True)):
+            return
+        with torch.enable_grad():
+            self._tensor.copy_(torch.stack([*self.rows], self._dim))
 
-    def __getitem__(self, i: Any) -> Any:
-        if i not in self._made:
-            if i >= len(self):
-                raise IndexError(i)
-            self._made[i] = self._tensor.select(self._dim, i)
-        return self._made[i]
+
+class _TakeOut(torch.autograd.Function):
+    """Each member's row of a stacked tensor; their gradients, stacked."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, dim: int) -> Any:
+        ctx.dim = dim
+        ctx.set_materialize_grads(False)
+        return tuple(_rows(tensor, dim))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        some = next((grad for grad in grads if grad is not None), None)
+        if some is None:
+            return None, None
+        return torch.stack([torch.zeros_like(some) if grad is None else grad for grad in grads], ctx.dim), None
+
+
+def _rows(tensor: torch.Tensor, dim: int) -> list[torch.Tensor]:
+    return [tensor.select(dim, i).detach() for i in range(tensor.shape[dim])]
