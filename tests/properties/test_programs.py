@@ -1,92 +1,42 @@
-"""Random programs: what a lone run can do, all members do at once, with its numbers, gradients and draws."""
+"""Random programs: what a lone run can do, all members do at once, with its numbers, gradients, state and draws.
+
+`make check-fuzz` runs many more of them.
+"""
 
 from __future__ import annotations
 
-import torch
-from hypothesis import assume, given, settings
+from random import Random
+
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import memberwise
-from memberwise.engine import lowering
-from memberwise.rules.registry import composites_disabled
-from memberwise.testing.tolerance import assert_equal
-from tests.properties.programs import VALUES, Step, execute, runnable, steps
-
-MEMBERS = 3
-SHAPES = ((2, 3), (3, 3), (3,))
+from survey.fuzz.compare import WRONG, compared
+from survey.fuzz.programs import Program, Step, drawn
 
 
-def inputs(member: int) -> list[torch.Tensor]:
-    """Two tensors that require grad, and one that does not."""
-    generator = torch.Generator().manual_seed(member)
-    own = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
-    return [t.requires_grad_(k < 2) for k, t in enumerate(own)]
+@settings(max_examples=200, report_multiple_bugs=False, suppress_health_check=list(HealthCheck))
+@given(st.randoms(use_true_random=False))
+def test_any_program(random: Random) -> None:
+    verdict = compared(drawn(random))
+    assert verdict.kind != WRONG, f"{verdict.what}: {verdict.program}"
 
 
-def pool_of(own: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [*own, own[0] * 1, own[1] * 1]
+def test_a_program_survives_json() -> None:
+    program = Program((Step("sin", 0, 1), Step("Linear", 2, 0, "checkpoint")), "stack", calls=2, backward="double")
+    assert Program.from_json(program.to_json()) == program
 
 
-def alone(program: list[Step], member: int) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-    """Outputs, inputs afterwards with their gradients, and where the global stream stands."""
-    torch.manual_seed(member + 5)
-    own = inputs(member)
-    outs = execute(program, pool_of(own))[len(SHAPES) :]
-    wanted = [t for t in outs if t.requires_grad]
-    torch.autograd.backward(wanted, [torch.full_like(t, 1 + 0.1 * member) for t in wanted])
-    return [t.detach() for t in outs], own, torch.get_rng_state()
+def test_a_wrong_stack_is_found() -> None:
+    """A member's value that reached its neighbour would be seen."""
+    from survey.fuzz import compare
 
-
-def together(program: list[Step]) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    columns = zip(*[inputs(i) for i in range(MEMBERS)], strict=True)
-    own = [torch.stack([t.detach() for t in column]).requires_grad_(k < 2) for k, column in enumerate(columns)]
-    generators = [torch.Generator().manual_seed(i + 5) for i in range(MEMBERS)]
-
-    def func(*given: torch.Tensor) -> list[torch.Tensor]:
-        return execute(program, pool_of(list(given)))[len(SHAPES) :]
-
-    lowering.raised = lowering.Raised()  # what one program asks for is remembered for the code of `func`, of all
-    outs = memberwise.vmap(func, generators=generators)(*own)
-    wanted = [t for t in outs if t.requires_grad]
-    weights = 1 + 0.1 * torch.arange(MEMBERS, dtype=torch.float64)
-    grads = [torch.ones_like(t) * weights.view(-1, *[1] * (t.ndim - 1)) for t in wanted]
-    torch.autograd.backward(wanted, grads)
-    return [t.detach() for t in outs], own, [generator.get_state() for generator in generators]
-
-
-def compare(drawn: list[Step]) -> None:
-    program = drawn
-    for i in range(MEMBERS):
-        torch.manual_seed(i + 5)
-        program = runnable(program, lambda i=i: pool_of(inputs(i)))
-    assume(program)
-    lone = [alone(program, i) for i in range(MEMBERS)]
-    outs, own, states = together(program)
-    for i, (lone_outs, lone_own, state) in enumerate(lone):
-        for k, expected in enumerate(lone_outs):
-            assert_equal(outs[k][i], expected, f"member {i}, tensor {k} of {program}")
-        for k, t in enumerate(lone_own):
-            assert_equal(own[k][i].detach(), t.detach(), f"member {i}, input {k} after {program}")
-            if t.grad is not None:
-                grad = own[k].grad
-                assert grad is not None, f"input {k} has lost its gradient: {program}"
-                assert_equal(grad[i], t.grad, f"member {i}, gradient of input {k} of {program}")
-        assert torch.equal(states[i], state), f"member {i}'s stream after {program}"
-
-
-PROGRAM = st.lists(steps, min_size=1, max_size=20)
-
-
-@settings(max_examples=120, report_multiple_bugs=False)
-@given(PROGRAM)
-def test_with_composite_rules(program: list[Step]) -> None:
-    """The composite rule of layer norm may keep more than the layer alone, so programs with one write nothing."""
-    layered = any(step.name == "layer_norm" for step in program)
-    compare([step for step in program if not layered or step.name in VALUES])
-
-
-@settings(max_examples=120, report_multiple_bugs=False)
-@given(PROGRAM)
-def test_by_single_operations(program: list[Step]) -> None:
-    with composites_disabled():
-        compare(program)
+    program = Program((Step("mul", 0, 0), Step("Linear", 0, 0)), "stack")
+    with compare._quiet(program):
+        found = compare.runnable(program)
+        assert found is not None
+        whole = compare.together(program)
+        assert compare.difference(found[0], found[1], whole) is None
+        grad = whole.grads["gradient of layers.Linear.weight"]
+        assert grad is not None
+        grad[1] += 1e-6
+        assert "layers.Linear.weight of member 1" in str(compare.difference(found[0], found[1], whole))

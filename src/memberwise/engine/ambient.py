@@ -7,7 +7,7 @@ part in: `torch.zeros(3)`, `torch.randn(3)`, a mask made of plain tensors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -95,14 +95,17 @@ class Region(DispatchMode):
         if id(tensor) not in self.touched and self.running:
             self.touched.add(id(tensor))
             counted = [tensor] if root is None else [tensor, root]
-            tensor = _without_repeats(tensor)
-            self.journal.append(Before(tensor, tensor.detach().clone(), counted, [version(t) for t in counted]))
+            with _mode_of(tensor):
+                tensor = _without_repeats(tensor)
+                values = tensor.detach().clone()
+            self.journal.append(Before(tensor, values, counted, [version(t) for t in counted]))
 
     def put_back(self) -> None:
         """Undo the writes to memory that outlives the call."""
         with torch.no_grad():
             for before in reversed(self.journal):
-                before.tensor.copy_(before.values)
+                with _mode_of(before.tensor):
+                    before.tensor.copy_(before.values)
                 set_versions(before.counted, before.versions)
 
     def start(self) -> None:
@@ -169,6 +172,15 @@ class Region(DispatchMode):
         self.journal.clear()
         self.touched.clear()
         self._streams = None
+
+
+def _mode_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Inference mode for a tensor of inference mode, and none for others: its views are of the kind of the mode."""
+    own = tensor.is_inference()
+    return _NOTHING if own is torch.is_inference_mode_enabled() else torch.inference_mode(own)
+
+
+_NOTHING = nullcontext()
 
 
 def _without_repeats(tensor: torch.Tensor) -> torch.Tensor:

@@ -28,16 +28,23 @@ class Arguments:
     Attributes:
         leaves, dims: each leaf, and where its member axis is; a `Slots` stands for a stack.
         build: puts leaves back into `(args, kwargs)`.
+        counts: how many leaves each argument has; None where each leaf is one.
         slots: the stacks among the leaves.
         size: M.
     """
 
     def __init__(
-        self, leaves: list[Any], dims: list[int | None], build: Callable[[list[Any]], Any], size: int | None = None
+        self,
+        leaves: list[Any],
+        dims: list[int | None],
+        build: Callable[[list[Any]], Any],
+        size: int | None = None,
+        counts: list[int] | None = None,
     ) -> None:
         self.leaves = leaves
         self.dims = dims
         self.build = build
+        self.counts = counts
         self.slots = [leaf for leaf in leaves if type(leaf) is Slots]
         self.size = _size(leaves, dims) if size is None else size
 
@@ -45,8 +52,7 @@ class Arguments:
         """Leaves as code inside sees them."""
         inside = self.leaves.copy()
         swaps: list[tuple[Slots, Swap]] = []
-        places = [k for k, leaf in enumerate(inside) if isinstance(leaf, torch.Tensor)]
-        if places:
+        for places in self._places(region):
             tensors = [_first(inside[k], self.dims[k]) for k in places]
             entered = enter(tensors, [self.dims[k] is not None for k in places], region, lowered=region.lowers)
             for k, member in zip(places, entered, strict=True):
@@ -63,6 +69,26 @@ class Arguments:
                 slots.restore(swap)
             raise
         return inside, swaps
+
+    def _places(self, region: Region) -> list[list[int]]:
+        """Where the tensors are, those apart that one node takes in: it must not tie what is asked of one argument (the
+        gradient of `x`) to what is asked of another (those of all parameters)."""
+        places = [k for k, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
+        if region.lowers or not torch.is_grad_enabled():
+            return [places] if places else []
+        tracked = [k for k in places if self.leaves[k].requires_grad]
+        if len(tracked) < 2:
+            return [places] if places else []
+        owners = range(len(self.leaves)) if self.counts is None else self._owners(self.counts)
+        groups: dict[int, list[int]] = {}
+        for k in tracked:
+            groups.setdefault(owners[k], []).append(k)
+        rest = [k for k in places if not self.leaves[k].requires_grad]
+        return [*groups.values(), rest] if rest else [*groups.values()]
+
+    def _owners(self, counts: list[int]) -> list[int]:
+        owners = [n for n, count in enumerate(counts) for _ in range(count)]
+        return owners + [len(counts)] * (len(self.leaves) - len(owners))
 
     def streams(self) -> Sequence[torch.Generator] | None:
         """The random streams that the stacks among the leaves bring along: one a member, or None."""
@@ -146,7 +172,7 @@ def mapped(name: str, in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         rest = iter(inside)
         return [unflatten(shape, rest) for shape in shapes], unflatten(kwargs_shape, rest) if kwargs else {}
 
-    return Arguments(leaves, dims, build)
+    return Arguments(leaves, dims, build, counts=counts)
 
 
 def _simple(in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any] | None:

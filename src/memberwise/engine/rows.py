@@ -88,7 +88,9 @@ class _Column:
         self._nodes = [None if self._are_views else row.grad_fn for row in self.rows]
 
     def write_back(self) -> None:
-        if self._are_views or all(row.grad_fn is node for row, node in zip(self.rows, self._nodes, strict=True)):
+        if self._are_views or all(
+            row.grad_fn is node or row.grad_fn is None for row, node in zip(self.rows, self._nodes, strict=True)
+        ):
             return
         with torch.enable_grad():
             self._tensor.copy_(torch.stack([*self.rows], self._dim))

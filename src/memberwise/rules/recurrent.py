@@ -57,6 +57,7 @@ class _Call:
             rows = outs[0] if len(outs) == 1 else torch.cat(outs, -1)
             kept += [rows, *more]
         final = [torch.stack(column, 1) for column in zip(*last, strict=True)]
+        rows = rows.clone()  # the layer keeps its rows, and alone a result may be written (`out += x`)
         return (rows.transpose(1, 2) if self.batch_first else rows, *final), kept
 
     def backward(self, kept: Sequence[torch.Tensor], grads: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
