@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import memberwise
 from memberwise.engine import trace
-from memberwise.rules.pointwise import BINARY, UNARY
+from memberwise.rules.pointwise import BINARY, ONE_SHAPE, UNARY
 from memberwise.rules.registry import RULES
 from tests.parity.loops import check, numbers
 from tests.parity.rule_case import RuleCase, case, of, positive, whole
@@ -31,6 +31,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "elu_backward": (of(3, 4), 1.0, 1.0, 1.0, False, of(3, 4, seed=1)),
     "fill.Tensor": (of(3, 4), of()),
     "fill_.Tensor": (of(3, 4), of()),
+    "gelu_backward": (of(3, 4), of(3, 4, seed=1)),
     "isinf": (_UNUSUAL,),
     "isnan": (_UNUSUAL,),
     "nan_to_num": (_UNUSUAL,),
@@ -42,6 +43,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "polygamma": (1, positive(3, 4)),
     "_prelu_kernel_backward": (of(3, 4), of(3, 4, seed=1), of(4)),
     "_prelu_kernel": (of(3, 4), of(4)),
+    "rrelu_with_noise_backward": (of(3, 4), of(3, 4, seed=1), positive(3, 4), 0.1, 0.3, True, False),
     "_to_copy": (of(3, 4),),
     "where.self": (_MASK, of(3, 4), of(4)),
     "zero_": (of(3, 4),),
@@ -92,7 +94,7 @@ def _made(op: Any) -> RuleCase:
         args = tuple(_argument(name, str(arg.type), place) for place, arg in enumerate(needed))
     places = [k for k, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
     options: dict[str, Any] = dict(KEYWORDS.get(name, {}))
-    if name == "log_sigmoid_backward":
+    if name in ("log_sigmoid_backward", "rrelu_with_noise_backward"):
         options["state"] = (2,)
     if schema.is_mutable:  # into what is shared no member can write
         options |= {"state": (0,), "stacked": [tuple(places), (0,)] if places != [0] else [(0,)]}
@@ -100,7 +102,7 @@ def _made(op: Any) -> RuleCase:
 
 
 def _all() -> list[Any]:
-    names = {name + suffix for name in (*UNARY, *BINARY) for suffix in ("", "_")} | {
+    names = {name + suffix for name in (*UNARY, *BINARY, *ONE_SHAPE) for suffix in ("", "_")} | {
         "copy",
         "copy_",
         "fill",
@@ -172,3 +174,14 @@ def test_lazy_zeros_of_a_second_derivative_go_by_rules() -> None:
     with trace.recording() as record:
         check(penalty, numbers(3, 1, 2, 6))
     assert not [entry.op for entry in record.entries.values() if entry.path == "loop"]
+
+
+@pytest.mark.parametrize("in_dims", [0, (0, None), (None, 0)])
+def test_gelu_in_float32_takes_what_is_shared(in_dims: Any) -> None:
+    """oneDNN's gradient, which float64 does not go by, broadcasts nothing: it read memory that was not there."""
+    x, scale = (numbers(3, 4, 5, seed=seed).detach().float().requires_grad_() for seed in (0, 1))
+    dims = (0, 0) if in_dims == 0 else in_dims
+    args = [
+        value if dim == 0 else value.detach()[0].requires_grad_() for value, dim in zip((x, scale), dims, strict=True)
+    ]
+    check(lambda x, scale: F.gelu(x) * scale, *args, in_dims=in_dims)

@@ -35,12 +35,15 @@ BINARY = _words("""
 add sub mul div floor_divide remainder fmod pow maximum minimum fmax fmin atan2 hypot copysign nextafter
 heaviside eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor
 bitwise_left_shift bitwise_right_shift rsub logaddexp logaddexp2 xlogy special_xlog1py special_zeta gcd lcm
-threshold_backward gelu_backward silu_backward mish_backward elu_backward hardtanh_backward
+threshold_backward silu_backward mish_backward elu_backward hardtanh_backward
 leaky_relu_backward sigmoid_backward tanh_backward softplus_backward softshrink_backward hardshrink_backward
 hardsigmoid_backward hardswish_backward logit_backward log_sigmoid_backward native_dropout_backward where
 addcmul addcdiv lerp clamp clamp_min clamp_max masked_fill polar complex igamma igammac
-_prelu_kernel _prelu_kernel_backward rrelu_with_noise_backward
+_prelu_kernel _prelu_kernel_backward
 """)
+
+ONE_SHAPE = ("gelu_backward", "rrelu_with_noise_backward")
+"""Those whose kernels do not broadcast: oneDNN's reads memory that is not there."""
 
 _SKIPPED = {"copy_", "fill_"}
 _ELSEWHERE = {
@@ -151,7 +154,22 @@ def _in_place(overload: Any) -> bool:
     return schema.name.endswith("_") and written == [0] and str(schema.arguments[0].type) == "Tensor"
 
 
+def _of_one_shape(call: Callable[..., Any]) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> Any:
+        full = (
+            expanded(arg, dim, info.batch_size).contiguous() if isinstance(arg, torch.Tensor) else arg
+            for arg, dim in zip(args, in_dims, strict=True)
+        )
+        return call(*full, **kwargs), 0
+
+    return rule
+
+
 _register(BINARY, _broadcasting)
+_register([*ONE_SHAPE], _of_one_shape)
+for _name in ("add", "sub", "mul", "div"):  # by which torch infers the type of a sum with a lazy zero, on meta tensors
+    _prim = getattr(torch.ops.prims, _name).default
+    register_rule(_prim, _of_one_shape(_prim))
 _register(UNARY, _unary)
 
 
@@ -184,15 +202,3 @@ def fill_(info: Any, in_dims: Any, target: torch.Tensor, value: torch.Tensor) ->
 register_rule(_aten.fill.Scalar, _unary(_aten.fill.Scalar))
 register_rule(_aten.fill_.Scalar, _unary(_aten.fill_.Scalar))
 register_rule(_aten.zero_.default, _unary(_aten.zero_.default))
-
-
-def _of_one_shape(call: Callable[..., Any]) -> Callable[..., Any]:
-    def rule(info: Any, in_dims: Any, *args: torch.Tensor) -> Any:
-        return call(*(expanded(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True))), 0
-
-    return rule
-
-
-for _name in ("add", "sub", "mul", "div"):  # by which torch infers the type of a sum with a lazy zero, on meta tensors
-    _prim = getattr(torch.ops.prims, _name).default
-    register_rule(_prim, _of_one_shape(_prim))
