@@ -1,8 +1,8 @@
 """What members carry outside their parameters and buffers: kept where it differs, and given back to each.
 
 A stack runs all members through one template, member 0's structure. Plain attributes that hold tensors become
-stacked, so that each member runs with its own (unless all hold one and the same object); other attributes run as
-member 0 has them, and each member gets its own back from `unstack()`.
+stacked, so that each member runs with its own (unless all hold one and the same object). What else differs is listed
+(`differing`), for the stack to show each member its own; and each gets its own back from `unstack()`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from memberwise.trees import tree_leaves, tree_transpose_map
 _STRUCTURE = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, types.FunctionType, torch.dtype, torch.device)
 _CONTAINERS = (dict, list, tuple, set)
-_WHOLE = ""
+WHOLE = ""
 """Stands for the name of an attribute where a whole submodule is of another class."""
 
 Key = tuple[str, str]
@@ -62,11 +62,15 @@ class Attributes:
     Attributes:
         kept: for each member, the attributes in which it differs from member 0.
         overlaps: attributes of member 0 that are views of a parameter or buffer, told in words; a stack has copies.
+        differing: by (path, name), one value a member of each attribute in which they differ; name "" stands for the
+            submodule itself.
     """
 
     def __init__(self) -> None:
         self.kept: list[dict[Key, Any]] = []
         self.overlaps: list[str] = []
+        self.differing: dict[Key, list[Any]] = {}
+        self._shown: set[Key] = set()
         self._first: dict[Key, Any] = {}
         self._tensors: dict[str, torch.Tensor] = {}
         self._holes: dict[str, Hole] = {}
@@ -98,7 +102,7 @@ class Attributes:
         }
         own |= {key: Missing for key in self._first if key not in found and not _within(key, own)}
         for path, name in own:
-            if name == _WHOLE:
+            if name == WHOLE:
                 own[path, name] = filled(modules[path], tensors)
         self.kept.append(own)
 
@@ -117,7 +121,7 @@ class Attributes:
                 continue
             if path in self._kinds and _kind(sub) is not self._kinds[path]:
                 whole.append(path)
-                yield (path, _WHOLE), None
+                yield (path, WHOLE), None
             elif path in self._kinds:
                 yield from (((path, name), value) for name, value in vars(sub).items() if name not in _STRUCTURE)
 
@@ -147,10 +151,19 @@ class Attributes:
                 vars(modules[path])[name] = carried[modules[path], name] = whole
                 for own in self.kept:
                     own.pop((path, name), None)
-        differing = {key for own in self.kept for key in own}
-        self._first = {key: value for key, value in self._first.items() if key in differing}
+        keys = dict.fromkeys(key for own in self.kept for key in own)
+        self._first = {key: value for key, value in self._first.items() if key in keys}
+        self.differing = {key: self._of_all(key, modules) for key in keys if key[0] in modules}
         del self.skeleton, self._kinds, self._one_object, self._originals
         return out, carried
+
+    def _of_all(self, key: Key, modules: Mapping[str, nn.Module]) -> list[Any]:
+        """What each member has there, in the template's terms; of whole submodules, None where it is the template's."""
+        first = None if key[1] == WHOLE else self._first.get(key, Missing)
+        memo = {id(hole): modules[path] for path, hole in self._holes.items() if path in modules}
+        tensors = state(modules[""])
+        memo |= {id(hole): tensors[name] for name, hole in self._tensors.items()}
+        return [_filled_in(own.get(key, first), memo) for own in self.kept]
 
     def _can_stack(self, values: list[Any]) -> bool:
         """Whether the values of all members are alike but for the values of tensors, none of which is a parameter."""
@@ -160,6 +173,13 @@ class Attributes:
             return False
         return all(_can_stack_row(row) and holes.isdisjoint(map(id, row)) for row in zip(*rows, strict=True))
 
+    def hand_over(self, key: Key) -> None:
+        """Take note that the stack shows each member its own there; plain values it also gives back itself."""
+        self._shown.add(key)
+        if all(isinstance(leaf, _PLAIN) for value in self.differing[key] for leaf in tree_leaves(value)):
+            for own in self.kept:
+                own.pop(key, None)
+
     def give_back(self, module: nn.Module, member: int, template: nn.Module, tensors: Mapping[str, Any]) -> None:
         """Set in an unstacked `module` what member `member` brought, unless the stack has been set otherwise since."""
         modules = dict(module.named_modules(remove_duplicate=False))
@@ -167,9 +187,12 @@ class Attributes:
         memo = {id(hole): modules[path] for path, hole in self._holes.items() if path in modules}
         memo |= {id(hole): tensors[name] for name, hole in self._tensors.items() if name in tensors}
         for (path, name), value in self.kept[member].items():
-            if path not in modules or _is_set(vars(now[path]).get(name), self._first.get((path, name))):
+            standing = vars(now[path]).get(name) if path in now else None
+            if path not in modules or _is_set(standing, self._first.get((path, name))):
                 continue
-            if name == _WHOLE:
+            if (path, name) in self._shown and not any(hasattr(x, "stands_for_members") for x in tree_leaves(standing)):
+                continue
+            if name == WHOLE:
                 above, _, own = path.rpartition(".")
                 modules[above]._modules[own] = filled(value, memo)
             elif value is Missing:
@@ -182,6 +205,18 @@ class Attributes:
         out = copy.copy(self)
         out.kept = [dict(self.kept[member]) for member in members]
         return out
+
+
+def _filled_in(value: Any, memo: dict[int, Any]) -> Any:
+    """A kept value with modules and tensors in its holes."""
+    if value is Missing or isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, nn.Module):
+        return filled(value, memo)
+    try:
+        return copy.deepcopy(value, dict(memo))
+    except Exception:  # what no copy can be made of is passed on as it is
+        return value
 
 
 def _kind(module: nn.Module) -> Any:
@@ -205,24 +240,36 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return value
 
 
-def _alike(a: Any, b: Any) -> bool:
-    """Whether two values are sure to be equal."""
+def _alike(a: Any, b: Any, depth: int = 8) -> bool:
+    """Whether two values are sure to be equal; functions and objects, by what is in them."""
     if a is b:
         return True
-    if type(a) is not type(b):
+    if type(a) is not type(b) or not depth:
         return False
     if isinstance(a, torch.Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_alike, a, b))
+        return len(a) == len(b) and all(_alike(x, y, depth - 1) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(_alike(a[key], b[key], depth - 1) for key in a)
+    if isinstance(a, types.FunctionType):
+        return a.__code__ == b.__code__ and _alike(_captured(a), _captured(b), depth - 1)
+    if isinstance(a, nn.Module):  # each one's own, in what a function has captured
+        return True
+    if type(a).__eq__ is object.__eq__ and hasattr(a, "__dict__"):
+        return _alike(vars(a), vars(b), depth - 1)
     if isinstance(a, weakref.ref):
         return True
     try:
         return bool(a == b) or (a != a and b != b)
     except Exception:  # a class may refuse to be compared
         return False
+
+
+def _captured(function: types.FunctionType) -> tuple[Any, ...]:
+    """Defaults, and what stands in the closure."""
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+    return function.__defaults__, function.__kwdefaults__, cells
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -269,4 +316,4 @@ def _is_set(now: Any, first: Any) -> bool:
 
 def _within(key: Key, own: Mapping[Key, Any]) -> bool:
     path = key[0]
-    return any(name == _WHOLE and (path == other or path.startswith(f"{other}.")) for other, name in own)
+    return any(name == WHOLE and (path == other or path.startswith(f"{other}.")) for other, name in own)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from memberwise.attributes import Attributes
-from memberwise.differences import listed
+from memberwise.differences import listed, warn_of_settings
+from memberwise.differing import settle
 from memberwise.errors import ArgumentError, StackWarning, fail, text
 from memberwise.gathering import Gathered, gather
 from memberwise.generators import make_generators
@@ -46,8 +47,8 @@ def stack(
             [MW105]; a model cannot be copied [MW301].
 
     Warns:
-        StackWarning: models differ outside their tensors [MW106]: all run as the first does; `unstack()` gives each
-            its own back.
+        StackWarning: models differ outside their tensors in what no rule takes [MW106], as in an activation: the
+            modules that hold it run member by member. (Rates, eps and the like run as one, each member with its own.)
 
     >>> import torch
     >>> stacked = stack([nn.Linear(3, 2) for _ in range(4)])
@@ -62,7 +63,7 @@ def stack(
         gather(models)  # raises
     count = len(models) if isinstance(models, Sized) else None
     models = Examples(example_inputs, example_kwargs).materialised(models)
-    gathered = gather(_noted(models, attributes), shared=shared, same="refuse", count=count, stacklevel=2)
+    gathered = gather(_noted(models, attributes), shared=shared, for_stack=True, count=count, stacklevel=2)
     return _made(gathered, attributes, stacklevel=2)
 
 
@@ -106,7 +107,7 @@ def build(
     examples = Examples(example_inputs, example_kwargs)
     gathered = gather(
         _noted(_seeded(factory, numbers, streams, examples), attributes),
-        same="refuse",
+        for_stack=True,
         count=len(numbers),
         device=device,
         dtype=dtype,
@@ -158,7 +159,13 @@ def _made(gathered: Gathered, attributes: Attributes, stacklevel: int) -> Stack:
     template, carried = attributes.template(named)
     keys = {key for name in gathered.shared for key in (name, *tied(gathered.form.key(name)))}
     out = Stack(template, gathered.count, shared=keys, attributes=attributes)
-    out.__memberwise_slots__().carried = carried
+    slots = out.__memberwise_slots__()
+    slots.carried = carried
+    slots.apart = {member: tuple(modes.values()) for member, modes in gathered.modes.items()}
+    slow = settle(slots, attributes, gathered.settings)
+    if slow:
+        do = "Each runs with its own, and the modules that hold these run member by member, as slow as a loop"
+        warn_of_settings({path: gathered.settings[path] for path in slow}, do, stacklevel + 1)
     return out
 
 

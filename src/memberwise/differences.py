@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from memberwise.errors import MemberwiseError, StackWarning, StateError, build, text
 from memberwise.form import Form, TensorForm
+
+Comparison = Callable[[Form, Form], Iterator[str]]
 
 SHOWN = 10
 FIRST = "member 0"
@@ -50,6 +52,12 @@ HEADS: dict[str, tuple[str, str]] = {
 class Differences:
     """Takes one member's form after the other, and compares each with the first.
 
+    Args:
+        modes: whether members must be in one mode.
+
+    Attributes:
+        modes: by member, the modes of the modules of those whose modes are not the first's.
+
     >>> from torch import nn
     >>> from memberwise.form import form_of
     >>> seen = Differences()
@@ -59,8 +67,10 @@ class Differences:
     (False, ["member 1: parameter 'weight' has shape (2, 3), member 0 has (2, 2)"])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, modes: bool = True) -> None:
         self.count = 0
+        self.modes: dict[int, dict[str, bool]] = {}
+        self._comparisons = _COMPARISONS if modes else tuple(one for one in _COMPARISONS if one is not _modes)
         self.first: Form | None = None
         self.lines: defaultdict[str, list[str]] = defaultdict(list)
         self._odd: defaultdict[str, dict[int, Any]] = defaultdict(dict)
@@ -75,8 +85,11 @@ class Differences:
         index, self.count = self.count, self.count + 1
         if self.first is None:
             self.first = form
-        for code, line in (*_lazy(form), *_compared(self.first, form)):
+        for code, line in (*_lazy(form), *_compared(self.first, form, self._comparisons)):
             self.lines[code].append(f"member {index}: {line}")
+        modes = {path: form.modes.get(path, mode) for path, mode in self.first.modes.items()}
+        if modes != self.first.modes:
+            self.modes[index] = modes
         for path, value in _odd_settings(self.first, form):
             self._odd[path][index] = value
 
@@ -108,9 +121,14 @@ class Differences:
         differing = self.settings()
         if not differing:
             return
-        lines = [f"{path} is {_by_value(values)}" for path, values in differing.items()]
-        message = text("MW106", f"the members differ outside their tensors:\n{listed(lines)}", do=do)
-        warnings.warn(message, StackWarning, stacklevel=stacklevel + 1)
+        warn_of_settings(differing, do, stacklevel + 1)
+
+
+def warn_of_settings(differing: Mapping[str, tuple[Any, ...]], do: str, stacklevel: int) -> None:
+    """One StackWarning that lists settings in which members differ: by path, one value a member."""
+    lines = [f"{path} is {_by_value(values)}" for path, values in differing.items()]
+    message = text("MW106", f"the members differ outside their tensors:\n{listed(lines)}", do=do)
+    warnings.warn(message, StackWarning, stacklevel=stacklevel + 1)
 
 
 def listed(lines: Iterable[str]) -> str:
@@ -156,13 +174,13 @@ def _lazy(form: Form) -> Iterator[tuple[str, str]]:
         yield "MW104", f"{form.tensors[name].kind} '{name}' has no values yet"
 
 
-def _compared(first: Form, form: Form) -> Iterator[tuple[str, str]]:
+def _compared(first: Form, form: Form, comparisons: Iterable[Comparison]) -> Iterator[tuple[str, str]]:
     if form is first:
         return
     if form.model_class != first.model_class:
         yield "MW102", _class_line(first, form)
         return
-    for compare in _COMPARISONS:
+    for compare in comparisons:
         for line in compare(first, form):
             yield "MW103", line
 
@@ -217,7 +235,7 @@ def _tied(name: str, names: tuple[str, ...]) -> str:
     return f"tied to {others}" if others else "not tied"
 
 
-_COMPARISONS: tuple[Callable[[Form, Form], Iterator[str]], ...] = (_names, _tensors, _modes, _ties)
+_COMPARISONS: tuple[Comparison, ...] = (_names, _tensors, _modes, _ties)
 
 
 def _class_settings(form: Form) -> dict[str, str]:

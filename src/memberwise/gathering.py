@@ -6,7 +6,7 @@ import fnmatch
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ class Gathered(NamedTuple):
         count: M.
         settings: by path, what differs between members outside tensors, one value a member.
         shared: names of what has no member axis.
+        modes: by member, the modes of the modules of those whose modes are not the first's.
     """
 
     params: dict[str, torch.Tensor]
@@ -34,13 +35,14 @@ class Gathered(NamedTuple):
     count: int
     settings: dict[str, tuple[Any, ...]]
     shared: frozenset[str]
+    modes: dict[int, dict[str, bool]]
 
 
 def gather(
     models: Iterable[nn.Module],
     *,
     shared: Sequence[str] = (),
-    same: Literal["copy", "refuse"] = "copy",
+    for_stack: bool = False,
     count: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -51,7 +53,8 @@ def gather(
     Args:
         models: M modules; any iterable.
         shared: patterns (`fnmatch`) of names of state that is one object in all members: kept as it is.
-        same: whether other state that is one object in all members is copied, or refused [MW105].
+        for_stack: whether a `Stack` is made of them: other state that is one object in all members is refused [MW105]
+            and not copied, members may be in different modes, and what differs outside tensors is left to the caller.
         count: M, if known beforehand though `models` is an iterator.
         device: where to put the stack; by default where the members are.
         dtype: of floating and complex tensors; by default the members' own.
@@ -60,20 +63,27 @@ def gather(
     held = isinstance(models, list | tuple | nn.Module)
     if count is None and isinstance(models, Sized):
         count = len(models)
-    gathering = _Gathering(shared, held, count, device, dtype)
+    gathering = _Gathering(shared, held, count, device, dtype, for_stack)
     for model in _modules(models, count):
         gathering.take(model)
         del model  # or it would live on while the next one is made
-    return gathering.finish(same, stacklevel + 1)
+    return gathering.finish(stacklevel + 1)
 
 
 class _Gathering:
     """Members' tensors on their way into columns; after the first mismatch only the differences are collected."""
 
     def __init__(
-        self, shared: Sequence[str], held: bool, count: int | None, device: Any, dtype: torch.dtype | None
+        self,
+        shared: Sequence[str],
+        held: bool,
+        count: int | None,
+        device: Any,
+        dtype: torch.dtype | None,
+        for_stack: bool,
     ) -> None:
-        self.differences = Differences()
+        self.differences = Differences(modes=not for_stack)
+        self._for_stack = for_stack
         self._patterns, self._held, self._expected = shared, held, count
         self._device, self._dtype = device, dtype
         self._columns: dict[str, Column] = {}
@@ -125,12 +135,12 @@ class _Gathering:
             if name in self._columns:
                 self._columns[name].append(tensor)
 
-    def finish(self, same: str, stacklevel: int) -> Gathered:
+    def finish(self, stacklevel: int) -> Gathered:
         """Everything as it came, or the error that lists what does not fit."""
         first = self.differences.first
         if first is None:
             fail(StateError, "MW101", "stack_module_state: expected at least one model, got 0")
-        self._check_sharing(same)
+        self._check_sharing()
         if error := self.differences.error():
             raise error
         self._warn(stacklevel + 1)
@@ -143,20 +153,21 @@ class _Gathering:
                 tensor.requires_grad_(first.tensors[name].requires_grad)
             kind = params if first.tensors[name].kind == "parameter" else buffers
             kind[first.key(name)] = tensor
-        settings = self.differences.settings()
-        return Gathered(params, buffers, first, self.differences.count, settings, frozenset(self._shared))
+        seen = self.differences
+        return Gathered(params, buffers, first, seen.count, seen.settings(), frozenset(self._shared), seen.modes)
 
-    def _check_sharing(self, same: str) -> None:
+    def _check_sharing(self) -> None:
         if self.differences.count < 2 or not self.differences.fits:
             return
         for name in sorted(self._shared.keys() - self._same):
             self.differences.note("MW105", f"'{name}' is declared shared, but is not one object in all members")
-        undeclared = sorted(self._same - self._shared.keys()) if same == "refuse" else ()
+        undeclared = sorted(self._same - self._shared.keys()) if self._for_stack else ()
         for name in undeclared:
             self.differences.note("MW105", f"'{name}' is one object in all members; shared=('{name}',) says so")
 
     def _warn(self, stacklevel: int) -> None:
-        self.differences.warn("A functional call runs all members with those of its template", stacklevel + 1)
+        if not self._for_stack:
+            self.differences.warn("A functional call runs all members with those of its template", stacklevel + 1)
         if self._overlaps:
             what = f"tensors of one member share memory, which their stack does not:\n{listed(self._overlaps)}"
             do = "What is written to one of them no longer shows in the other; tie them to be one object"

@@ -15,7 +15,8 @@ from memberwise._torch.dynamo import uncompiled
 from memberwise.attributes import Attributes, filled
 from memberwise.engine.arguments import called
 from memberwise.engine.boundary import run
-from memberwise.engine.slots import Place, Slots
+from memberwise.engine.slots import Place, Slots, on_the_tensors_of, put_in_mode, table_of
+from memberwise.engine.values import for_member, for_members, is_own
 from memberwise.errors import ArgumentError, MemberIndexError, StackAttributeError, build, fail
 from memberwise.members import Memo, positions, take, take_streams
 from memberwise.trees import tree_leaves
@@ -139,6 +140,7 @@ class Stack(nn.Module):
     def __select_members__(self, indices: torch.Tensor, memo: Memo) -> Stack:
         successors = {id(tensor): take(tensor, indices, memo, shared=place.shared) for place, tensor in self._tensors()}
         successors |= self._carried(lambda leaf: leaf.detach().index_select(0, indices.to(leaf.device)))
+        successors |= self._settings(lambda leaf: for_members(leaf, indices.tolist()))
         attributes = None if self._attributes is None else self._attributes.select(indices.tolist())
         template = filled(self._template, successors)
         out = Stack(template, len(indices), shared=self._slots.shared, attributes=attributes)
@@ -146,6 +148,10 @@ class Stack(nn.Module):
         slots, new = self._slots, out._slots
         new.carried = {(twins[module], name): vars(twins[module])[name] for module, name in slots.carried}
         new.retreats = {twins[module]: reason for module, reason in slots.retreats.items() if module in twins}
+        new.settings = {(twins[module], name) for module, name in slots.settings}
+        for (module, name), own in slots.variants.items():
+            first, chosen = table_of(twins[module], name)[name], [own[i] for i in indices.tolist()]
+            new.variants[twins[module], name] = [_variant(one, first, successors) for one in chosen]
         new.apart = {k: slots.apart[i] for k, i in enumerate(indices.tolist()) if i in slots.apart}
         if slots.generators is not None:
             new.generators = take_streams(slots.generators, indices, memo)
@@ -173,9 +179,10 @@ class Stack(nn.Module):
         parts = {place.key: own(place, tensor) for place, tensor in self._tensors()}
         swaps = {id(tensor): parts[place.key] for place, tensor in self._tensors()}
         swaps |= self._carried(lambda leaf: leaf.detach()[member].clone())
+        swaps |= self._settings(lambda leaf: for_member(leaf, member))
         module = filled(self._template, swaps)
         if member in self._slots.apart:
-            module.train(self._slots.apart[member])
+            put_in_mode(module, self._slots.apart[member])
         if self._attributes is not None:
             self._attributes.give_back(module, member, self._template, parts)
         return module
@@ -196,6 +203,11 @@ class Stack(nn.Module):
             leaf for (module, name), kept in carried if vars(module).get(name) is kept for leaf in tree_leaves(kept)
         ]
         return {id(leaf): part(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim}
+
+    def _settings(self, part: Callable[[Any], Any]) -> dict[int, Any]:
+        """For `filled`: the parts of the plain values in which members differ."""
+        kept = [vars(module).get(name) for module, name in self._slots.settings]
+        return {id(leaf): part(leaf) for one in kept for leaf in tree_leaves(one) if is_own(leaf)}
 
     def _position(self, index: SupportsIndex) -> int:
         position = operator.index(index)
@@ -291,6 +303,13 @@ def _copy(tensor: torch.Tensor, part: Callable[[torch.Tensor], torch.Tensor]) ->
     out = nn.Parameter(values, tensor.requires_grad)
     out.grad = None if tensor.grad is None else part(tensor.grad.detach()).clone()
     return out
+
+
+def _variant(variant: Any, first: Any, successors: dict[int, Any]) -> Any:
+    """A submodule of another class, or other hooks, in a new stack."""
+    if not isinstance(variant, nn.Module):
+        return copy.copy(variant)
+    return on_the_tensors_of(first, filled(variant, successors))
 
 
 def _way_out(name: str, found: Any) -> str:

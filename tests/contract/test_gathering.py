@@ -24,7 +24,7 @@ def trunk() -> nn.Linear:
 
 @pytest.mark.parametrize("kind", [list, iter])
 def test_shared_state_is_the_one_object(trunk: nn.Linear, kind) -> None:
-    gathered = gather(kind([Headed(trunk) for _ in range(4)]), shared=("trunk.*",), same="refuse")
+    gathered = gather(kind([Headed(trunk) for _ in range(4)]), shared=("trunk.*",), for_stack=True)
     assert gathered.params["trunk.weight"] is trunk.weight
     assert gathered.params["head.weight"].shape == (4, 2, 3)
     assert gathered.shared == {"trunk.weight", "trunk.bias"}
@@ -44,7 +44,7 @@ def test_shared_state_of_a_tie_is_named_by_any_of_its_names(trunk: nn.Linear) ->
 def test_one_object_in_all_members_must_be_declared(trunk: nn.Linear) -> None:
     models = [Headed(trunk) for _ in range(3)]
     with pytest.raises(StateError) as error:
-        gather(models, same="refuse")
+        gather(models, for_stack=True)
     assert error.value.code == "MW105"
     assert "'trunk.weight' is one object in all members; shared=('trunk.weight',) says so" in str(error.value)
     assert gather(models).params["trunk.weight"].shape == (3, 3, 3)
@@ -59,7 +59,7 @@ def test_what_is_declared_must_be_one_object() -> None:
 
 def test_one_object_in_some_members_only_is_not_shared(trunk: nn.Linear) -> None:
     models = [Headed(trunk), Headed(trunk), Headed()]
-    assert gather(models, same="refuse").params["trunk.weight"].shape == (3, 3, 3)
+    assert gather(models, for_stack=True).params["trunk.weight"].shape == (3, 3, 3)
     with pytest.raises(StateError, match=r"'trunk\.bias' is declared shared, but is not"):
         gather(models, shared=("trunk.*",))
 
@@ -75,7 +75,7 @@ def test_patterns_mind_the_case(trunk: nn.Linear) -> None:
 
 
 def test_a_single_member_has_nothing_to_share_undeclared() -> None:
-    assert gather([Headed()], same="refuse").params["trunk.weight"].shape == (1, 3, 3)
+    assert gather([Headed()], for_stack=True).params["trunk.weight"].shape == (1, 3, 3)
     assert gather([Headed()], shared=("trunk.*",)).params["trunk.weight"].shape == (3, 3)
 
 

@@ -125,6 +125,10 @@ def _run_chunk(func: Callable[..., Any], arguments: Arguments, out_dims: Any, ra
     if has_tangents():
         reason = Retreat("forward-mode differentiation goes around the call", region)
         return retreat.by_members(func, arguments, out_dims, region, reason)
+    for slots in arguments.slots:
+        if slots.template in slots.retreats:
+            reason = Retreat(slots.retreats[slots.template], region)
+            return retreat.by_members(func, arguments, out_dims, region, reason)
     while True:
         try:
             result = _run_stacked(func, arguments, out_dims, region)

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from memberwise._torch.dispatch import DisableTorchFunctionSubclass
-from memberwise.engine import closures, lowering
+from memberwise.engine import closures, lowering, numbers, values
 from memberwise.engine.closures import taken_in
 from memberwise.engine.host import HOST
 from memberwise.engine.retreat import function_by_members
 from memberwise.engine.signals import Decline
 from memberwise.engine.tensor import MemberTensor
+from memberwise.engine.values import MemberValue
 from memberwise.rules.registry import composite_for
 
 
 def on_function(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     """Entry from `__torch_function__`."""
+    own = values.exist and numbers.among(args, kwargs)
+    reason = ""
+    if own:
+        out = numbers.taken(func, args, kwargs or {}, own)
+        if type(out) is not Decline:
+            return out
+        cls, reason = own[0]._region.tensor_class, out.reason
     with DisableTorchFunctionSubclass():
-        rule = composite_for(func)
+        rule = None if own else composite_for(func)
         if rule is not None:
             out = rule(*args, **kwargs) if kwargs else rule(*args)
             if type(out) is not Decline:
@@ -35,16 +44,16 @@ def on_function(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = N
             lowering.make_way(func, below)
             if not torch.is_grad_enabled():
                 with lowering.looking(below[0]._region):
-                    return _single(func, args, kwargs)
-        return _single(func, args, kwargs)
+                    return _single(func, args, kwargs, reason)
+        return _single(func, args, kwargs, reason)
 
 
-def _single(func: Any, args: Any, kwargs: Any) -> Any:
+def _single(func: Any, args: Any, kwargs: Any, reason: str) -> Any:
     rule = HOST.get(func)
     if rule is not None:
         return rule(*args, **kwargs) if kwargs else rule(*args)
-    reason = BY_MEMBERS.get(func)
-    if reason is not None:
+    reason = reason or BY_MEMBERS.get(func, "")
+    if reason:
         return function_by_members(func, reason, args, kwargs or {})
     return func(*args, **kwargs) if kwargs else func(*args)
 
@@ -59,4 +68,5 @@ BY_MEMBERS: dict[Any, str] = {
 """Functions whose backward formula cannot see member tensors, and why: each member runs them alone."""
 
 
+MemberValue._on_function = functools.partial(on_function, None)
 MemberTensor.__torch_function__ = classmethod(on_function)  # type: ignore[assignment] # one call less an operation

@@ -12,6 +12,7 @@ from memberwise.engine.ambient import Region
 from memberwise.engine.crossing import leave
 from memberwise.engine.layout import settle
 from memberwise.engine.tensor import MemberTensor
+from memberwise.engine.values import is_own
 from memberwise.errors import ArgumentError, fail
 from memberwise.trees import tree_leaves, tree_map
 
@@ -26,6 +27,8 @@ def outputs(out: Any, out_dims: Any, region: Region, name: str) -> Any:
 
 
 def _leaf(leaf: Any, dim: int | None, region: Region, name: str) -> Any:
+    if is_own(leaf):
+        return [*leaf._values]
     if not isinstance(leaf, torch.Tensor):
         return leaf
     inside = isinstance(leaf, region.tensor_class) or functorch_active()

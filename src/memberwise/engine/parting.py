@@ -11,7 +11,7 @@ import torch
 
 from memberwise.engine.arguments import Arguments
 from memberwise.engine.outputs import leaf_dims
-from memberwise.engine.slots import Slots
+from memberwise.engine.slots import Mode, Slots, put_in_mode
 from memberwise.engine.turns import Split, in_turns
 from memberwise.errors import EngineError, fail
 from memberwise.trees import tree_leaves, tree_transpose_map
@@ -22,7 +22,7 @@ class Part:
     """Members of one run, and the mode that each of the call's stacks is put in for it (None: as it is)."""
 
     members: list[int]
-    modes: tuple[bool | None, ...]
+    modes: tuple[Mode | None, ...]
 
 
 def parts(arguments: Arguments, chunk_size: int | None) -> list[Part] | None:
@@ -32,14 +32,14 @@ def parts(arguments: Arguments, chunk_size: int | None) -> list[Part] | None:
         if chunk_size is None or chunk_size >= arguments.size:
             return None
         return list(_chunks([*range(arguments.size)], chunk_size, (None,) * len(stacks)))
-    by_modes: dict[tuple[bool | None, ...], list[int]] = {}
+    by_modes: dict[tuple[Mode | None, ...], list[int]] = {}
     for member in range(arguments.size):
         by_modes.setdefault(tuple(slots.apart.get(member) for slots in stacks), []).append(member)
     size = chunk_size or arguments.size
     return [part for modes, members in by_modes.items() for part in _chunks(members, size, modes)]
 
 
-def _chunks(members: list[int], size: int, modes: tuple[bool | None, ...]) -> Iterator[Part]:
+def _chunks(members: list[int], size: int, modes: tuple[Mode | None, ...]) -> Iterator[Part]:
     for low in range(0, len(members), size):
         yield Part(members[low : low + size], modes)
 
@@ -76,12 +76,12 @@ def in_parts(
 
 
 @contextmanager
-def _in_modes(stacks: list[Slots], modes: Sequence[bool | None]) -> Iterator[None]:
+def _in_modes(stacks: list[Slots], modes: Sequence[Mode | None]) -> Iterator[None]:
     before = [(module, module.training) for slots in stacks for module in slots.template.modules()]
     try:
         for slots, mode in zip(stacks, modes, strict=True):
             if mode is not None:
-                slots.template.train(mode)
+                put_in_mode(slots.template, mode)
         yield
     finally:
         for module, training in before:

@@ -26,9 +26,10 @@ from memberwise.engine.layout import count_write
 from memberwise.engine.operation import describe
 from memberwise.engine.rows import Rows
 from memberwise.engine.signals import Retreat
-from memberwise.engine.slots import MODULE_ATTRIBUTES, Slots, Swap
+from memberwise.engine.slots import MODULE_ATTRIBUTES, Slots, Swap, table_of
 from memberwise.engine.tensor import MemberTensor
 from memberwise.engine.turns import Showing, one_by_one
+from memberwise.engine.values import is_own
 from memberwise.errors import EngineError, fail
 from memberwise.generators import drawing_from, global_generators, restoring
 from memberwise.trees import tree_leaves, tree_map
@@ -92,7 +93,7 @@ def modules_by_members(swaps: Swaps, region: Region) -> Iterator[None]:
     for slots, _ in swaps:
         for module, reason in slots.retreats.items():
             if "forward" not in module.__dict__:
-                forward = partial(_forward_by_members, module, module.forward, reason, region)
+                forward = partial(_forward_by_members, module, _forwards(module, slots, region), reason, region, slots)
                 object.__setattr__(module, "forward", forward)
                 replaced.append(module)
     try:
@@ -102,29 +103,43 @@ def modules_by_members(swaps: Swaps, region: Region) -> Iterator[None]:
             module.__dict__.pop("forward", None)
 
 
+def _forwards(module: nn.Module, slots: Slots, region: Region) -> list[Callable[..., Any]]:
+    """Each member's forward in the place of `module`."""
+    for place, own in slots.variants.items():
+        if table_of(*place)[place[1]] is module:
+            return [variant.train(module.training).forward for variant in own]
+    return [module.forward] * region.batch_size
+
+
 def _forward_by_members(
-    module: nn.Module, forward: Callable[..., Any], reason: str, region: Region, *args: Any, **kwargs: Any
+    module: nn.Module,
+    forwards: list[Callable[..., Any]],
+    reason: str,
+    region: Region,
+    whole: Slots,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Inside a stacked run: this module's forward for each member alone, the results stacked again."""
     start = trace.clock()
     with suspended(region):
         rows = _MemberRows(region)
         inputs, rebuild = _left((args, kwargs), rows)
-        slots = _slots_inside(module)
+        slots = _slots_inside(module, whole)
         _prepare_undo(region, [*slots.tensors(), *((leaf, True) for leaf in tree_leaves((args, kwargs)))])
         outs = []
 
         def join(row: Any) -> torch.Tensor:
             return enter([torch.stack(row)], [True], region)[0]
 
-        with one_by_one(slots, region.batch_size, rows.of, join) as turns:
+        with one_by_one(slots, region.batch_size, rows.of, join, region) as turns:
             for i in range(region.batch_size):
                 turns.show(i)
                 own_args, own_kwargs = rebuild([column[i] for column in inputs])
                 try:
                     inner = recomputed_inside(partial(turns.again, i), instead=True)
                     with inner, rows.turn(), _stream(region, i):
-                        outs.append(forward(*own_args, **own_kwargs))
+                        outs.append(forwards[i](*own_args, **own_kwargs))
                 except Exception as error:
                     error._raised_alone_in = module  # type: ignore[attr-defined] # read by is_lone
                     raise
@@ -139,7 +154,9 @@ def _forward_by_members(
 
 def function_by_members(func: Callable[..., Any], reason: str, args: Any, kwargs: Any) -> Any:
     """Inside a stacked run: one torch function for each member alone, differentiably, the results stacked again."""
-    region = next(leaf._region for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, MemberTensor))
+    region = next(
+        leaf._region for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, MemberTensor) or is_own(leaf)
+    )
     start = trace.clock()
     outs = []
     with suspended(region):
@@ -157,13 +174,17 @@ def function_by_members(func: Callable[..., Any], reason: str, args: Any, kwargs
     return result
 
 
-def _slots_inside(module: nn.Module) -> Slots:
-    """The slots of a module that shows member tensors, in attributes too."""
+def _slots_inside(module: nn.Module, whole: Slots) -> Slots:
+    """The slots of a module, a part of `whole`, that shows member tensors and values, in attributes too."""
     slots = Slots(module)
     for owner in module.modules():
         for name, value in vars(owner).items():
-            if name not in MODULE_ATTRIBUTES and any(isinstance(leaf, MemberTensor) for leaf in tree_leaves(value)):
+            leaves = () if name in MODULE_ATTRIBUTES else tree_leaves(value)
+            if any(isinstance(leaf, MemberTensor) for leaf in leaves):
                 slots.carried[owner, name] = value
+            if any(map(is_own, leaves)):
+                slots.settings.add((owner, name))
+        slots.variants |= {place: own for place, own in whole.variants.items() if place[0] is owner}
     return slots
 
 
@@ -209,7 +230,9 @@ def _left(tree: Any, rows: _MemberRows) -> tuple[list[Any], Callable[[list[Any]]
     columns: list[Any] = []
 
     def note(leaf: Any) -> Any:
-        if isinstance(leaf, MemberTensor):
+        if is_own(leaf):
+            columns.append(leaf._values)
+        elif isinstance(leaf, MemberTensor):
             columns.append(rows.of(leaf))
         return leaf
 
@@ -217,7 +240,7 @@ def _left(tree: Any, rows: _MemberRows) -> tuple[list[Any], Callable[[list[Any]]
 
     def rebuild(own: list[Any]) -> Any:
         values = iter(own)
-        return tree_map(lambda leaf: next(values) if isinstance(leaf, MemberTensor) else leaf, tree)
+        return tree_map(lambda leaf: next(values) if is_own(leaf) or isinstance(leaf, MemberTensor) else leaf, tree)
 
     return columns, rebuild
 
@@ -298,21 +321,14 @@ def _cannot_stack(what: str, region: Region | None) -> None:
 def _stack_at(outs: list[Any], out_dims: Any) -> Any:
     from memberwise.engine.outputs import leaf_dims
 
-    dims = iter(leaf_dims("func", outs[0], out_dims))
-    columns = [tree_leaves(out) for out in outs]
-    wanted = [next(dims) for _ in columns[0]]
-    order = iter(wanted)
+    pairs = zip(leaf_dims("func", outs[0], out_dims), tree_leaves(outs[0]), strict=True)
+    dims = iter([dim for dim, leaf in pairs if isinstance(leaf, torch.Tensor)])
 
-    def finish(stacked: torch.Tensor) -> Any:
-        return stacked
+    def place(stacked: torch.Tensor) -> Any:
+        dim = next(dims)
+        return stacked[0] if dim is None else stacked.movedim(0, dim)
 
-    def place(leaf: Any) -> Any:
-        dim = next(order)
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        return leaf[0] if dim is None else leaf.movedim(0, dim)
-
-    return tree_map(place, stack_outputs(outs, finish))
+    return stack_outputs(outs, place)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from memberwise._torch.recurrent import LISTS, kept_lists, put_back
+from memberwise.engine import values
 from memberwise.engine.ambient import Region
 from memberwise.engine.crossing import enter, leave
 from memberwise.engine.lowering import Raised
@@ -28,6 +29,41 @@ _NONE = id(None)
 
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """What every module has; a module's own attributes are the others."""
+
+
+Mode = bool | tuple[bool, ...]
+"""Training or evaluation; of a whole model, or of each of its modules."""
+
+
+def put_in_mode(module: nn.Module, mode: Mode) -> None:
+    """As the class's own `train` does it, or each module as it was."""
+    if isinstance(mode, bool):
+        module.train(mode)
+        return
+    for sub, own in zip(module.modules(), mode, strict=True):
+        sub.training = own
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+"""What a module keeps its hooks in: what they are for is running with its forward."""
+
+
+def table_of(module: nn.Module, name: str) -> dict[str, Any]:
+    """Where a variant stands: a submodule of another class, or other hooks."""
+    return vars(module) if name in HOOKS else module._modules
+
+
+def on_the_tensors_of(first: nn.Module, variant: nn.Module) -> nn.Module:
+    """A submodule of another class whose dicts of tensors are those of the template's."""
+    twins = dict(first.named_modules())
+    pairs = [(module, twins[path]) for path, module in variant.named_modules() if path in twins]
+    for module, twin in pairs if variant is not first else ():
+        for table in ("_parameters", "_buffers"):
+            shared = vars(twin)[table]
+            for name in vars(module)[table].keys() - shared.keys():
+                shared[name] = None  # what one class has none of, and the other leaves out
+            vars(module)[table] = shared
+    return variant
 
 
 @dataclass(slots=True, frozen=True)
@@ -70,9 +106,12 @@ class Slots:
 
     Attributes:
         generators: one random stream a member, or None; a call that brings none of its own draws from them.
-        apart: members that are in another mode than the template, and in which.
+        apart: members that are in another mode than the template, and in which; a tuple has one of each module.
         carried: stacked tensors that calls left in plain attributes, by (module, attribute).
         retreats: modules that run member by member, and why.
+        settings: plain attributes, by (module, attribute), in which a `MemberValue` stands.
+        variants: submodules (or hooks), by (parent, name), of which members have others: one a member, on the same
+            tensors. Only a run by members shows them.
         raised: functions that are called with all tensors raised.
         aliases: plain attributes, by (module, attribute), that lead to parameters or buffers.
         lock: held by the thread in which a call shows members in the template.
@@ -83,8 +122,10 @@ class Slots:
         self.shared = shared
         self.members = members
         self.generators: Sequence[torch.Generator] | None = None
-        self.apart: dict[int, bool] = {}
+        self.apart: dict[int, Mode] = {}
         self.retreats: dict[nn.Module, str] = {}
+        self.settings: set[tuple[nn.Module, str]] = set()
+        self.variants: dict[tuple[nn.Module, str], list[Any]] = {}
         self.raised = Raised()
         self.carried: dict[tuple[nn.Module, str], Any] = {}
         self.aliases: list[tuple[nn.Module, str]] = []
@@ -139,7 +180,7 @@ class Slots:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("template", "shared", "members", "generators", "apart", "retreats", "carried")
+        kept = ("template", "shared", "members", "generators", "apart", "retreats", "carried", "settings", "variants")
         return {"_modules": [], "aliases": [], **{name: self.__dict__[name] for name in kept}}  # places are found again
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -191,6 +232,8 @@ class Slots:
         for place, kept in self.carried.items():
             if place[0].__dict__.get(place[1]) is kept:
                 self._show(swap, place, lambda leaf: _as_member(leaf, region))
+        for place in self.settings:
+            self._show(swap, place, lambda leaf: values.bound(leaf, region))
         return swap
 
     def _enter_unique(
@@ -204,10 +247,11 @@ class Slots:
         return [None if one is None else members[id(one)] for one in originals]
 
     def _show(self, swap: Swap, place: tuple[nn.Module, str], as_member: Callable[[Any], Any]) -> None:
-        """Show a plain attribute that holds stacked tensors, with member tensors for them."""
+        """Show a plain attribute that holds stacked tensors, or what members differ in, as one member's."""
         module, name = place
-        kept = module.__dict__.get(name)
-        module.__dict__[name] = shown = tree_map(as_member, kept)
+        now = module.__dict__.get(name)
+        _, kept = swap.shown.get(place, (None, now))
+        module.__dict__[name] = shown = tree_map(as_member, now)
         swap.shown[place] = shown, kept
 
     def leave(self, swap: Swap, region: Region) -> None:
@@ -229,6 +273,9 @@ class Slots:
     def _carry_out(self, module: nn.Module, name: str, value: Any, region: Region) -> None:
         """Keep what has members' values in it, all of its tensors stacked."""
         self.carried.pop((module, name), None)
+        if any(map(values.is_own, tree_leaves(value))):
+            module.__dict__[name] = value = values.bound(value, None)
+            self.settings.add((module, name))
         if any(isinstance(leaf, MemberTensor) for leaf in tree_leaves(value)):
             kept = tree_map(lambda leaf: leave(leaf, region) if isinstance(leaf, torch.Tensor) else leaf, value)
             module.__dict__[name] = kept

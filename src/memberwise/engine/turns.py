@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from memberwise._torch.checkpoint import StopRecomputation
-from memberwise.engine.slots import MODULE_ATTRIBUTES, Slots
+from memberwise.engine import values
+from memberwise.engine.slots import MODULE_ATTRIBUTES, Slots, table_of
 from memberwise.engine.tensor import MemberTensor
 from memberwise.errors import EngineError, build
 from memberwise.trees import tree_leaves, tree_map, tree_transpose_map
@@ -67,32 +68,38 @@ class Showing:
 
     Args:
         slots: whose template.
-        turns: how many there are.
+        turns: which members each has.
         cut, join: a stacked tensor as one piece a turn, and back.
         alone: whether a turn is one member, run without a member axis.
+        region: the stacked run that this goes on inside of, if it does.
     """
 
-    def __init__(self, slots: Slots, turns: int, cut: Cut, join: Join, alone: bool) -> None:
+    def __init__(
+        self, slots: Slots, turns: Sequence[Sequence[int]], cut: Cut, join: Join, alone: bool, region: Any = None
+    ) -> None:
         self.slots = slots
+        self._turns = turns
+        self._region = region
         self.places = slots.places
         self.originals = [place.owner[place.name] for place in self.places]
         self.before = [(module, dict(module.__dict__)) for module in slots.template.modules()]
         self._carried = dict(slots.carried)
         self._cut, self._join, self._alone = cut, join, alone
         pieces = {
-            id(tensor): cut(tensor) if held else [tensor] * turns
+            id(tensor): cut(tensor) if held else [tensor] * len(turns)
             for tensor, held in slots.tensors()
             if tensor is not None
         }
-        self.pieces: list[Any] = [[None] * turns if one is None else pieces[id(one)] for one in self.originals]
-        self._own = self._own_attributes(pieces, turns)
+        self.pieces: list[Any] = [[None] * len(turns) if one is None else pieces[id(one)] for one in self.originals]
+        self._variants = {place: (table_of(*place)[place[1]], own) for place, own in slots.variants.items()}
+        self._own = self._own_attributes(pieces)
         self._left: list[tuple[list[Any], dict[tuple[nn.Module, str], Any]]] = []
 
-    def _own_attributes(self, pieces: dict[int, Any], turns: int) -> dict[tuple[nn.Module, str], list[Any]]:
+    def _own_attributes(self, pieces: dict[int, Any]) -> dict[tuple[nn.Module, str], list[Any]]:
         """What each turn sees in attributes that lead to parameters, or that former calls have left."""
-        values = {key: vars(key[0]).get(key[1]) for key in self.slots.aliases}
-        values |= {key: kept for key, kept in self._carried.items() if vars(key[0]).get(key[1]) is kept}
-        leaves = [leaf for value in values.values() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+        shown = {key: vars(key[0]).get(key[1]) for key in self.slots.aliases}
+        shown |= {key: kept for key, kept in self._carried.items() if vars(key[0]).get(key[1]) is kept}
+        leaves = [leaf for value in shown.values() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
         own = {id(leaf): self._cut(leaf) for leaf in leaves if id(leaf) not in pieces and _is_stacked(leaf)}
         self._written = [(leaf, own[id(leaf)]) for leaf in leaves if id(leaf) in own]
         own |= pieces
@@ -100,7 +107,14 @@ class Showing:
         def of_turn(turn: int) -> Callable[[Any], Any]:
             return lambda leaf: own[id(leaf)][turn] if id(leaf) in own else leaf
 
-        return {key: [tree_map(of_turn(turn), value) for turn in range(turns)] for key, value in values.items()}
+        found = {key: [tree_map(of_turn(turn), one) for turn in range(len(self._turns))] for key, one in shown.items()}
+        for module, name in self.slots.settings:
+            kept = found.get((module, name), [vars(module).get(name)] * len(self._turns))
+            found[module, name] = [*map(self._settings_of, kept, self._turns)]
+        return found
+
+    def _settings_of(self, kept: Any, members: Sequence[int]) -> Any:
+        return values.for_member(kept, members[0]) if self._alone else values.for_members(kept, members)
 
     def show(self, turn: int) -> None:
         """Put the members of a turn in place, each with what it alone carries in attributes."""
@@ -114,6 +128,14 @@ class Showing:
             module.__dict__[name] = own[turn]
             if (module, name) in self._carried:
                 self.slots.carried[module, name] = own[turn]
+        for place, (first, own) in self._variants.items():
+            members = self._turns[turn]
+            if not self._alone:
+                self.slots.variants[place] = [own[member] for member in members]
+                continue
+            table_of(*place)[place[1]] = shown = own[members[0]]
+            if isinstance(shown, nn.Module):
+                shown.train(first.training)
 
     @contextmanager
     def again(self, turn: int) -> Iterator[None]:
@@ -148,6 +170,9 @@ class Showing:
         self._reset_attributes()
         self.slots.carried.clear()
         self.slots.carried.update(self._carried)
+        for place, (first, own) in self._variants.items():
+            table_of(*place)[place[1]] = first
+            self.slots.variants[place] = own
 
     def _reset_attributes(self) -> None:
         for module, before in self.before:
@@ -157,7 +182,7 @@ class Showing:
     def finish(self, write_back: Callable[[torch.Tensor, Sequence[torch.Tensor]], None]) -> None:
         """Put together what all turns have left."""
         for k, (place, original, pieces) in enumerate(zip(self.places, self.originals, self.pieces, strict=True)):
-            left = [values[k] for values, _ in self._left]
+            left = [found[k] for found, _ in self._left]
             if len(left) == len(pieces) and any(now is not piece for now, piece in zip(left, pieces, strict=True)):
                 place.owner[place.name] = self._join(left)
             elif original is not None and not place.shared:
@@ -165,21 +190,46 @@ class Showing:
         for original, pieces in self._written:
             write_back(original, pieces)
         for key in dict.fromkeys(key for _, attributes in self._left for key in attributes):
-            self._put_together(*key, [attributes[key][0] for _, attributes in self._left if key in attributes])
+            self._put_together(*key, self._left_by_turn(key))
 
-    def _put_together(self, module: nn.Module, name: str, values: list[Any]) -> None:
+    def _left_by_turn(self, key: tuple[nn.Module, str]) -> list[Any]:
+        """What the turns leave in an attribute; of a plain one that a turn left alone, what it found there."""
+        module, name = key
+        found = self._own.get(key)
+        if found is None and isinstance(vars(module).get(name), _PLAIN):
+            found = [vars(module)[name]] * len(self._left)
+        if found is None:
+            return [attributes[key][0] for _, attributes in self._left if key in attributes]
+        pairs = zip(found, self._left, strict=False)
+        return [attributes[key][0] if key in attributes else own for own, (_, attributes) in pairs]
+
+    def _put_together(self, module: nn.Module, name: str, left: list[Any]) -> None:
         """One attribute from one value a turn: members' tensors are joined; of others the last stays, as in a loop."""
-        rows = [tree_leaves(value) for value in values]
-        apart = values[0] is not values[-1] and any(isinstance(leaf, torch.Tensor) for leaf in rows[0])
+        rows = [tree_leaves(value) for value in left]
+        apart = left[0] is not left[-1] and any(isinstance(leaf, torch.Tensor) for leaf in rows[0])
         if not apart or not (self._alone or self._is_carried(module, name)):
-            module.__dict__[name] = values[-1]
+            module.__dict__[name] = self._value_of_all(module, name, left)
             return
         try:
-            whole = tree_transpose_map(self._join_row, values)
+            whole = tree_transpose_map(self._join_row, left)
         except (RuntimeError, ValueError, IndexError) as error:
             what = f"members leave values of different shapes in the attribute '{name}' of {type(module).__name__}"
             raise build(EngineError, "MW203", what, do="Pad them to one shape, or keep them elsewhere") from error
         module.__dict__[name] = self.slots.carried[module, name] = whole
+
+    def _value_of_all(self, module: nn.Module, name: str, left: list[Any]) -> Any:
+        """Plain values in which members differ stay each one's own; of others the last stays, as in a loop."""
+        if len(left) < len(self._turns) or not all(values.is_own(value) or isinstance(value, _PLAIN) for value in left):
+            return left[-1]
+        of_member = {
+            member: value._values[place] if values.is_own(value) else value
+            for members, value in zip(self._turns, left, strict=True)
+            for place, member in enumerate(members)
+        }
+        whole = values.own([of_member[member] for member in sorted(of_member)], self._region)
+        if values.is_own(whole):
+            self.slots.settings.add((module, name))
+        return whole
 
     def _is_carried(self, module: nn.Module, name: str) -> bool:
         return all(attributes[module, name][1] for _, attributes in self._left if (module, name) in attributes)
@@ -188,16 +238,21 @@ class Showing:
         return self._join(row) if isinstance(row[0], torch.Tensor) else row[-1]
 
 
+_PLAIN = (bool, int, float, complex, str, bytes)
+
+
 @contextmanager
 def in_turns(slots: Slots, split: Split) -> Iterator[Showing]:
     """Within the block `show(turn)` puts a turn's members in place; afterwards the stack is whole again."""
-    yield from _showing(Showing(slots, len(split.turns), split.cut, split.join, alone=False), split.write_back)
+    yield from _showing(Showing(slots, split.turns, split.cut, split.join, alone=False), split.write_back)
 
 
 @contextmanager
-def one_by_one(slots: Slots, members: int, cut: Cut, join: Join) -> Iterator[Showing]:
+def one_by_one(slots: Slots, members: int, cut: Cut, join: Join, region: Any = None) -> Iterator[Showing]:
     """Within the block `show(i)` puts member i in place, without a member axis; then the stack is whole again."""
-    yield from _showing(Showing(slots, members, cut, join, alone=True), lambda *_: None)
+    yield from _showing(
+        Showing(slots, [[member] for member in range(members)], cut, join, True, region), lambda *_: None
+    )
 
 
 def _showing(shown: Showing, write_back: Any) -> Iterator[Showing]:

@@ -22,6 +22,7 @@ from memberwise.rules import (
     pooling,
     recurrent,
     reduce,
+    settings,
     shape,
     softmax,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "recurrent",
     "reduce",
     "register_rule",
+    "settings",
     "shape",
     "softmax",
 ]

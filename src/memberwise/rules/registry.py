@@ -17,6 +17,9 @@ LONE_CONTIGUOUS: set[Any] = set()
 COMPOSITES: dict[Any, Rule] = {}
 """Torch function -> composite rule `(region, args, kwargs) -> out`, or a `Decline`. For speed alone."""
 
+SETTINGS: dict[Any, Rule] = {}
+"""Torch function -> the same as a formula in which numbers may differ from member to member, or a `Decline`."""
+
 _listeners: list[Callable[[Any], None]] = []
 _enabled = True
 
@@ -59,6 +62,18 @@ def register_composite(*functions: Any) -> Callable[[Rule], Rule]:
             if function in COMPOSITES:
                 raise ValueError(f"{function} has a composite rule already; a second one would hide it.")
             COMPOSITES[function] = rule
+        return rule
+
+    return add
+
+
+def register_settings(function: Any) -> Callable[[Rule], Rule]:
+    """Register the formula of a torch function whose numbers may differ from member to member."""
+
+    def add(rule: Rule) -> Rule:
+        if function in SETTINGS:
+            raise ValueError(f"{function} has a formula already; a second one would hide it.")
+        SETTINGS[function] = rule
         return rule
 
     return add
