@@ -17,6 +17,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import elsewhere
+
+DEVICE = os.environ.get("MEMBERWISE_DEVICE", "cpu")
 SEED = int(os.environ.get("MEMBERWISE_SEED", "0"))
 
 # In CI the examples are the same each time; at a desk they are new, and a failure prints how to run it again.
@@ -34,6 +37,8 @@ def pytest_report_header() -> str:
 def pytest_configure() -> None:
     """One thread a worker: small tensors run fastest so, and the workers share the cores."""
     torch.set_num_threads(1)
+    if DEVICE != "cpu":
+        elsewhere.use(DEVICE)
 
 
 @pytest.fixture(autouse=True)
