@@ -17,19 +17,22 @@ from typing import Any
 
 import torch
 
-FACTORIES = (
-    "tensor zeros ones empty full arange linspace eye rand randn randint randperm normal scalar_tensor empty_strided "
-    "tril_indices triu_indices complex64 as_tensor from_numpy hann_window logspace sparse_coo_tensor"
-).split()
+FACTORIES = [
+    *("tensor", "as_tensor", "from_numpy", "scalar_tensor", "sparse_coo_tensor"),
+    *("zeros", "ones", "empty", "full", "eye", "arange", "linspace", "logspace", "empty_strided"),
+    *("rand", "randn", "randint", "randperm", "tril_indices", "triu_indices", "hann_window"),
+]
 
 
 def use(name: str) -> None:
     """Make `name` the device of everything that names none."""
+    import memberwise  # noqa: F401 - its tables name torch's functions, and have to name the true ones
+
     device = torch.device(name)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is compared as float32
     for factory in FACTORIES:
         made = getattr(torch, factory)
-        if callable(made):
-            setattr(torch, factory, _made_on(device, made))
+        setattr(torch, factory, _made_on(device, made))
     torch.Generator = _generators_on(device)  # type: ignore[misc]
     streams = getattr(torch, device.type)
     torch.get_rng_state, torch.set_rng_state = streams.get_rng_state, streams.set_rng_state
@@ -40,7 +43,7 @@ def _made_on(device: torch.device, factory: Callable[..., Any]) -> Callable[...,
     @functools.wraps(factory)
     def made(*args: Any, **kwargs: Any) -> Any:
         named = kwargs.get("device") is not None or kwargs.get("out") is not None
-        if named or factory.__name__ in ("from_numpy", "as_tensor", "normal"):
+        if named or factory.__name__ in ("from_numpy", "as_tensor"):
             found = factory(*args, **kwargs)
             return found.to(device) if not named and not isinstance(args[0], torch.Tensor) else found
         return factory(*args, **{**kwargs, "device": device})
@@ -64,7 +67,7 @@ def _generators_on(device: torch.device) -> type:
 def _forked(device: torch.device, fork: Callable[..., Any]) -> Callable[..., Any]:
     @contextmanager
     def forked(devices: Any = None, **options: Any) -> Iterator[None]:
-        with fork(devices=[torch.cuda.current_device()], device_type=device.type, **options):
+        with fork(devices=[torch.cuda.current_device()], **{**options, "device_type": device.type}):
             yield
 
     return forked

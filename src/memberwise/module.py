@@ -11,6 +11,7 @@ from typing import Any, SupportsIndex, overload
 import torch
 from torch import nn
 
+from memberwise._torch.recurrent import weights_stay
 from memberwise._torch.dynamo import uncompiled
 from memberwise.attributes import Attributes, filled
 from memberwise.engine.arguments import called
@@ -251,7 +252,8 @@ class Stack(nn.Module):
     # -- what nn.Module asks of a module's own class
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Stack:
-        self._template._apply(fn, recurse)
+        with weights_stay(self._template):
+            self._template._apply(fn, recurse)
         self._mark_shared()
         return self
 

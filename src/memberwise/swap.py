@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from memberwise._torch.recurrent import kept_lists, put_back
+from memberwise._torch.recurrent import follow, kept_lists, put_back
 from memberwise.errors import ArgumentError, KindError, StateError, fail
 from memberwise.names import tied
 from memberwise.places import ABSENT, Attribute, Entry, Tree
@@ -74,6 +74,9 @@ class Swap:
                     value._is_param = True  # isinstance(weight, nn.Parameter) holds for a member as it does alone
             for name, attribute in self._attributes.items():
                 attribute.write(values[name])
+            if any(hasattr(value, "stands_for_members") for value in values.values()):
+                for owner in self._recurrent:
+                    follow(owner)
         except BaseException:
             self._restore()
             raise

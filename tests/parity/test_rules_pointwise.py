@@ -108,6 +108,8 @@ def _all() -> list[Any]:
         "fill",
         "fill_",
         "zero_",
+        "log_sigmoid_forward",
+        "log_sigmoid_backward",
     }
     by_hand = {_aten.masked_fill.Tensor, _aten.masked_fill_.Tensor}  # in `indexing`
     return [op for op in RULES if op._schema.name.removeprefix("aten::") in names and op not in {*ALONE, *by_hand}]

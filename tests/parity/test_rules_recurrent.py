@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import memberwise
 from memberwise.engine import trace
 from memberwise.rules import recurrent
 from memberwise.rules.directions import is_faster_apart
@@ -104,3 +107,29 @@ def test_the_sizes_that_run_apart() -> None:
 def test_a_tensor_transposed_in_place() -> None:
     """What torch's own batch-first layers do by single operations."""
     check(lambda x: (x * 2).transpose_(0, 1), numbers(3, 2, 4))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1], ids=["at once", "in turns"])
+def test_weights_are_not_moved_together(chunk_size: int | None) -> None:
+    """On a GPU a layer whose weights were exchanged moves them into memory of their own; a stack's stay its own."""
+
+    class Watched(nn.LSTM):
+        calls = 0
+
+        def flatten_parameters(self) -> None:
+            type(self).calls += 1
+
+    stack = memberwise.stack([Watched(2, 3).double() for _ in range(2)])
+    before = Watched.calls
+    x = torch.randn(4, 1, 2, dtype=torch.float64)
+    memberwise.vmap(lambda model, x: model(x)[0], (0, None), chunk_size=chunk_size)(stack, x).sum().backward()
+    stack.float().double()
+    assert Watched.calls == before, "the layer moved weights that are a part of the stack's"
+    params, buffers = memberwise.stack_module_state([Watched(2, 3).double() for _ in range(2)])
+    template, before = Watched(2, 3).double(), Watched.calls
+
+    def one(params: Any, buffers: Any) -> torch.Tensor:
+        return memberwise.functional_call(template, (params, buffers), (x,))[0]
+
+    memberwise.vmap(one)(params, buffers)
+    assert Watched.calls == before, "the template moved the members' weights"

@@ -26,6 +26,10 @@ _DRAWS_ONLY_IF: dict[str, Callable[[Any, Any], bool]] = {
     "aten::_scaled_dot_product_efficient_attention": lambda values, kwargs: len(values) > 5 and values[5] > 0,
     "aten::_scaled_dot_product_cudnn_attention": lambda values, kwargs: len(values) > 5 and values[5] > 0,
     "aten::_scaled_dot_product_attention_math": lambda values, kwargs: len(values) > 4 and values[4] > 0,
+    "aten::_cudnn_rnn": lambda values, kwargs: values[11] > 0 and values[12],
+    "aten::_scaled_dot_product_flash_attention_backward": lambda values, kwargs: False,  # they redo a draw
+    "aten::_scaled_dot_product_efficient_attention_backward": lambda values, kwargs: False,
+    "aten::_scaled_dot_product_cudnn_attention_backward": lambda values, kwargs: False,
 }
 """Operations tagged as random that draw in some calls only."""
 
@@ -63,7 +67,7 @@ def _stacked(dim: Any) -> bool:
 
 def _by_stream(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any, generators: Any) -> tuple[Any, Any]:
     takes_generator = any(arg.name == "generator" for arg in op.func._schema.arguments)
-    filler = _FILLERS.get(op.func)
+    filler = _FILLERS.get(op.func) if _fills(op, values) else None
     outs = []
     for i in range(region.batch_size):
         own = [member_slice(value, dim, i) for value, dim in zip(values, dims, strict=True)]
@@ -75,6 +79,11 @@ def _by_stream(op: Operation, region: Region, values: Any, dims: Any, kwargs: An
         else:
             outs.append(op.func(*own, **{**kwargs, "generator": generators[i]}))
     return stack_results(outs, op, region), 0
+
+
+def _fills(op: Operation, values: Any) -> bool:
+    """Whether the operation draws as its filler does; a GPU's dropout takes numbers in an order of its own."""
+    return op.func is not _aten.native_dropout.default or values[0].device.type == "cpu"
 
 
 def _filled(make: Any, fill: str) -> Callable[..., torch.Tensor]:

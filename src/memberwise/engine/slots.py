@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memberwise._torch.recurrent import LISTS, kept_lists, put_back
+from memberwise._torch.recurrent import LISTS, follow, kept_lists, put_back
 from memberwise.engine import values
 from memberwise.engine.ambient import Region
 from memberwise.engine.crossing import enter, leave
@@ -224,6 +224,8 @@ class Slots:
                 if place.is_parameter:
                     member._is_param = True  # isinstance(weight, nn.Parameter) holds inside, as it does alone
                 place.owner[place.name] = member
+        for module in self._recurrent:
+            follow(module)
         swap = Swap(originals, members, attributes, recurrent, {})
         if self.aliases:
             own = {id(one): member for one, member in zip(originals, members, strict=True)}

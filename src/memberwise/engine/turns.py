@@ -13,11 +13,15 @@ import torch
 from torch import nn
 
 from memberwise._torch.checkpoint import StopRecomputation
+from memberwise._torch.recurrent import LISTS, follow
 from memberwise.engine import values
 from memberwise.engine.slots import MODULE_ATTRIBUTES, Slots, table_of
 from memberwise.engine.tensor import MemberTensor
 from memberwise.errors import EngineError, build
 from memberwise.trees import tree_leaves, tree_map, tree_transpose_map
+
+_NOT_LEFT = MODULE_ATTRIBUTES.union(LISTS)
+"""Attributes that hold no values of a turn."""
 
 Cut = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 Join = Callable[[list[torch.Tensor]], torch.Tensor]
@@ -124,6 +128,9 @@ class Showing:
                 piece._is_param = True  # isinstance(w, nn.Parameter) holds, as alone
         self._turn = turn
         self._reset_attributes()
+        for module, _ in self.before:
+            if isinstance(module, nn.RNNBase):
+                follow(module)
         for (module, name), own in self._own.items():
             module.__dict__[name] = own[turn]
             if (module, name) in self._carried:
@@ -156,7 +163,7 @@ class Showing:
             (module, name): (value, carried.get((module, name)) is value)
             for module, before in self.before
             for name, value in module.__dict__.items()
-            if name not in MODULE_ATTRIBUTES and self._is_left(value, before.get(name, self), (module, name))
+            if name not in _NOT_LEFT and self._is_left(value, before.get(name, self), (module, name))
         }
         self._left.append(([place.owner.get(place.name) for place in self.places], attributes))
 

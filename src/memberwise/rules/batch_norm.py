@@ -87,6 +87,27 @@ def native_batch_norm_backward(info: Any, in_dims: Any, grad: Any, x: Any, *args
     return tuple(value if wanted else None for value, wanted in zip(found, mask, strict=True)), 0
 
 
+@register_rule(_aten.cudnn_batch_norm.default)
+def cudnn_batch_norm(info: Any, in_dims: Any, x: Any, *args: Any) -> Any:
+    """As `native_batch_norm`; what cuDNN keeps for its backward is of all members together."""
+    return _batch_norm_rule(_aten.cudnn_batch_norm.default)(info, in_dims, x, *args)
+
+
+@register_rule(_aten.cudnn_batch_norm_backward.default)
+def cudnn_batch_norm_backward(
+    info: Any, in_dims: Any, x: Any, grad: Any, weight: Any, mean: Any, var: Any, saved: Any, invstd: Any, *rest: Any
+) -> Any:
+    """As `cudnn_batch_norm`, if the forward went by that rule."""
+    size, (eps, reserve) = info.batch_size, rest
+    if in_dims[5] is None or in_dims[8] is not None:
+        return Decline("what the forward kept is each member's own", by_member=True)
+    args = x, grad, weight, mean, var, saved, invstd
+    flat = [joined(value, dim, size) for value, dim in zip(args[2:], in_dims[2:7], strict=True)]
+    folded = [into_channels(expanded(value, dim, size)) for value, dim in zip(args[:2], in_dims, strict=False)]
+    grad_x, *found = _aten.cudnn_batch_norm_backward.default(*folded, *flat, eps, reserve)
+    return (out_of_channels(grad_x, size), *(split(one, size) for one in found)), 0
+
+
 LONE_CONTIGUOUS.update(
     {
         _aten.native_batch_norm.default,

@@ -24,7 +24,7 @@ def _words(text: str) -> list[str]:
 UNARY = _words("""
 abs acos acosh angle asin asinh atan atanh bitwise_not ceil celu clamp clamp_max clamp_min conj_physical cos
 cosh deg2rad digamma elu erf erfc erfinv exp exp2 expm1 floor frac gelu hardshrink hardsigmoid hardswish
-hardtanh i0 isinf isnan leaky_relu lgamma log log10 log1p log2 log_sigmoid_forward logical_not logit
+hardtanh i0 isinf isnan leaky_relu lgamma log log10 log1p log2 logical_not logit
 mish nan_to_num neg polygamma rad2deg reciprocal relu round rsqrt sgn sigmoid sign signbit
 silu sin sinc sinh softplus softshrink sqrt tan tanh threshold trunc zeros_like ones_like full_like
 empty_like clone _to_copy alias_copy special_entr special_erfcx special_i0e special_i1 special_i1e
@@ -37,7 +37,7 @@ heaviside eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwi
 bitwise_left_shift bitwise_right_shift rsub logaddexp logaddexp2 xlogy special_xlog1py special_zeta gcd lcm
 threshold_backward silu_backward mish_backward elu_backward hardtanh_backward
 leaky_relu_backward sigmoid_backward tanh_backward softplus_backward softshrink_backward hardshrink_backward
-hardsigmoid_backward hardswish_backward logit_backward log_sigmoid_backward native_dropout_backward where
+hardsigmoid_backward hardswish_backward logit_backward native_dropout_backward where
 addcmul addcdiv lerp clamp clamp_min clamp_max masked_fill polar complex igamma igammac
 _prelu_kernel _prelu_kernel_backward
 """)
@@ -197,6 +197,20 @@ def fill(info: Any, in_dims: Any, target: torch.Tensor, value: torch.Tensor) -> 
 def fill_(info: Any, in_dims: Any, target: torch.Tensor, value: torch.Tensor) -> Any:
     """A member's 0-d value fills that member's tensor."""
     return target.copy_(aligned((target, value), in_dims)[1]), 0
+
+
+@register_rule(_aten.log_sigmoid_forward.default)
+def log_sigmoid_forward(info: Any, in_dims: Any, x: torch.Tensor) -> Any:
+    """What it keeps is of `x`'s shape on the CPU, and empty on a GPU."""
+    out, kept = _aten.log_sigmoid_forward.default(x)
+    return (out, kept if kept.shape == x.shape else kept.expand(info.batch_size, *kept.shape)), 0
+
+
+@register_rule(_aten.log_sigmoid_backward.default)
+def log_sigmoid_backward(info: Any, in_dims: Any, grad: torch.Tensor, x: torch.Tensor, kept: torch.Tensor) -> Any:
+    """A GPU's does not read what was kept, and would broadcast with it to nothing."""
+    args = [expanded(value, dim, info.batch_size) for value, dim in zip((grad, x, kept), in_dims, strict=True)]
+    return _aten.log_sigmoid_backward.default(*args), 0
 
 
 register_rule(_aten.fill.Scalar, _unary(_aten.fill.Scalar))

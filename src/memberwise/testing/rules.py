@@ -379,4 +379,4 @@ def _as_dtype(value: Any, dtype: torch.dtype) -> Any:
 def _random(shape: Any, seed: int, like: torch.Tensor) -> torch.Tensor:
     """Fixed normal numbers; a member's are the same whatever else is stacked."""
     numbers = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return numbers.to(like.dtype)
+    return numbers.to(like)
