@@ -11,8 +11,8 @@ from typing import Any, SupportsIndex, overload
 import torch
 from torch import nn
 
-from memberwise._torch.recurrent import weights_stay
 from memberwise._torch.dynamo import uncompiled
+from memberwise._torch.recurrent import weights_stay
 from memberwise.attributes import Attributes, filled
 from memberwise.engine.arguments import called
 from memberwise.engine.boundary import run
