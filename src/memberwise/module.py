@@ -19,6 +19,7 @@ from memberwise.engine.boundary import run
 from memberwise.engine.slots import Place, Slots, on_the_tensors_of, put_in_mode, table_of
 from memberwise.engine.values import for_member, for_members, is_own
 from memberwise.errors import ArgumentError, MemberIndexError, StackAttributeError, build, fail
+from memberwise.generators import make_generators
 from memberwise.members import Memo, positions, take, take_streams
 from memberwise.trees import tree_leaves
 from memberwise.views import MemberView, make_live
@@ -255,7 +256,14 @@ class Stack(nn.Module):
         with weights_stay(self._template):
             self._template._apply(fn, recurse)
         self._mark_shared()
+        self._move_streams()
         return self
+
+    def _move_streams(self) -> None:
+        """Where the stack is now each member draws from that device's stream, as after `torch.manual_seed` alone."""
+        streams, place = self._slots.generators, next((tensor.device for _, tensor in self._tensors()), None)
+        if streams and place is not None and place.type not in ("meta", streams[0].device.type):
+            self._slots.generators = make_generators([stream.initial_seed() for stream in streams], place)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._template._save_to_state_dict(destination, prefix, keep_vars)

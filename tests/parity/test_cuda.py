@@ -47,7 +47,7 @@ class Words(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(11, 16)
         self.block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True)
-        self.lstm = nn.LSTM(16, 8, num_layers=2, dropout=0.2, batch_first=True, bidirectional=True)
+        self.lstm = nn.LSTM(16, 8, num_layers=2, batch_first=True, bidirectional=True)
         self.head = nn.Linear(16, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -190,7 +190,6 @@ def test_autocast(kind: str, dtype: torch.dtype) -> None:
         for module in model.modules():
             if isinstance(module, nn.LSTM):
                 module.train()  # a GPU's LSTM has a backward in training mode only
-                module.dropout = 0.0
     x, y = data(kind, torch.float32)
     stack = memberwise.stack(copy.deepcopy(models))
     with torch.autocast("cuda", dtype):
@@ -214,12 +213,28 @@ def test_moving_a_stack() -> None:
     out = stack(x.to(GPU))
     assert_equal(out.cpu(), expected, "on the GPU")
     out.sum().backward()
-    assert next(stack[1].parameters()).is_cuda and next(memberwise.unstack(stack)[1].parameters()).is_cuda
+    assert next(stack[1].parameters()).is_cuda and next(stack.unstack()[1].parameters()).is_cuda
     stack[1].load_state_dict(models[0].state_dict())
     assert_equal(stack(x.to(GPU))[1].cpu(), expected[0], "a member loaded from the CPU")
     stack.cpu()
     assert_equal(stack(x)[1], expected[0], "back")
     assert view is not None
+
+
+def test_streams_move_with_their_stack() -> None:
+    """Built on the CPU and moved, members draw on the GPU as their lone scripts do, which seeded all devices."""
+    stack = memberwise.build(Net, seeds=SEEDS).to(GPU)
+    x = torch.randn(6, 2, 8, 8, device=GPU)
+    with torch.random.fork_rng():
+        for member, (seed, out) in enumerate(zip(SEEDS, stack(x), strict=True)):
+            torch.manual_seed(seed)
+            assert_equal(out, Net().to(GPU)(x), f"member {member}")
+
+
+def test_streams_of_another_device_are_refused() -> None:
+    drop, x = nn.Dropout(), torch.ones(SIZE, 4, device=GPU)
+    with pytest.raises(memberwise.MemberwiseError, match=r"on cpu.*\[MW303\]"):
+        memberwise.vmap(drop, generators=[torch.Generator() for _ in SEEDS])(x)
 
 
 def test_another_stream() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from memberwise.engine.slices import member_slice, stack_results
+from memberwise.errors import ArgumentError, fail
 from memberwise.generators import drawing_from, global_generators, restoring
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def _stacked(dim: Any) -> bool:
 def _by_stream(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any, generators: Any) -> tuple[Any, Any]:
     takes_generator = any(arg.name == "generator" for arg in op.func._schema.arguments)
     filler = _FILLERS.get(op.func) if _fills(op, values) else None
+    _check_place(op, values, kwargs, generators[0].device)
     outs = []
     for i in range(region.batch_size):
         own = [member_slice(value, dim, i) for value, dim in zip(values, dims, strict=True)]
@@ -79,6 +81,15 @@ def _by_stream(op: Operation, region: Region, values: Any, dims: Any, kwargs: An
         else:
             outs.append(op.func(*own, **{**kwargs, "generator": generators[i]}))
     return stack_results(outs, op, region), 0
+
+
+def _check_place(op: Operation, values: Any, kwargs: Any, streams: torch.device) -> None:
+    """A stream draws on its own device only; another's global stream is not the members'."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    place = tensors[0].device if tensors else torch.device(kwargs.get("device") or torch.get_default_device())
+    if place.type != streams.type:
+        what = f"{op.name} draws on {place}, and the members' random streams are on {streams}"
+        fail(ArgumentError, "MW303", what, do=f"Give generators on {place.type}: torch.Generator('{place.type}')")
 
 
 def _fills(op: Operation, values: Any) -> bool:

@@ -114,6 +114,8 @@ LONE_CONTIGUOUS.update(
         _aten._native_batch_norm_legit.default,
         _aten._native_batch_norm_legit.no_stats,
         _aten.native_batch_norm_backward.default,
+        _aten.cudnn_batch_norm.default,
+        _aten.cudnn_batch_norm_backward.default,
     }
 )
 

@@ -82,7 +82,7 @@ def native_layer_norm(info: Any, in_dims: Any, x: Any, shape: Any, weight: Any, 
         return torch.native_layer_norm(x, shape, weight, bias, eps), 0
     x = expanded(x, x_dim, info.batch_size)
     out, _, mean, rstd = layer_norm(x, shape, weight, bias, (w_dim, b_dim), eps)
-    kind = (weight if bias is None else bias).dtype
+    kind = mean.dtype if x.is_cuda else (weight if bias is None else bias).dtype
     return (out, mean.to(kind), rstd.to(kind)), 0
 
 

@@ -88,8 +88,9 @@ def _broadcasting(call: Callable[..., Any]) -> Callable[..., Any]:
 
 def _typed_as_alone(args: Any, dims: Any) -> Any:
     """A member's number, a 0-d tensor, does not raise the type of a tensor with dimensions: float16 times a float32
-    number is float16. Stacked it has a dimension, and would; so it is brought to the lone result's type before."""
-    kinds = {arg.dtype for arg in args if isinstance(arg, torch.Tensor)}
+    number is float16, and a number on the CPU goes with tensors anywhere. Stacked it has a dimension, and would; so it
+    is brought to the lone result's type, and to its device, before."""
+    kinds = {(arg.dtype, arg.is_cpu) for arg in args if isinstance(arg, torch.Tensor)}
     if len(kinds) < 2:
         return args
     is_number = [
@@ -97,7 +98,8 @@ def _typed_as_alone(args: Any, dims: Any) -> Any:
     ]
     pairs = list(zip(args, is_number, strict=True))
     kind = _result_type(tuple((arg.dtype, number) for arg, number in pairs if isinstance(arg, torch.Tensor)))
-    return [arg.to(kind) if number and arg.dtype is not torch.bool else arg for arg, number in pairs]
+    place = next((arg.device for arg, number in pairs if isinstance(arg, torch.Tensor) and not number), None)
+    return [arg.to(place, None if arg.dtype is torch.bool else kind) if number else arg for arg, number in pairs]
 
 
 @cache
