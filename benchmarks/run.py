@@ -40,6 +40,7 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=pace.budget_s, help="seconds of a rival in a row")
     parser.add_argument("--start", type=float, default=row.Request.start_s, help="seconds of a rival's start")
     parser.add_argument("--steps", type=int, default=row.Request.check_steps, help="steps that are checked")
+    parser.add_argument("--exact", action=argparse.BooleanOptionalAction, default=True, help="check in float64 as well")
     parser.add_argument("--out", type=Path, help="the results file; without ROWs or RIVALs results/table.json")
     options = parser.parse_args(argv)
     on_cpu = options.device == "cpu"
@@ -68,7 +69,7 @@ def requests_of(options: argparse.Namespace) -> list[row.Request]:
             pace=timing.Pace(options.rounds, options.block, options.budget),
             start_s=options.start,
             check_steps=options.steps,
-            exact=threads == options.threads[0],
+            exact=options.exact and threads == options.threads[0],
             device=options.device,
         )
         for name in matching(list(rows), options.rows)
@@ -89,6 +90,7 @@ def document_of(options: argparse.Namespace, rows: list[dict[str, object]], befo
             "budget_s": options.budget,
             "start_s": options.start,
             "check_steps": options.steps,
+            "exact": options.exact,
         },
         "rows": rows,
     }

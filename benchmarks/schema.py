@@ -53,7 +53,7 @@ ROW = {
     "figures": [FIGURE],
     "ratios": [RATIO],
 }
-SETTINGS = {"rounds": int, "block_s": NUMBER, "budget_s": NUMBER, "start_s": NUMBER, "check_steps": int}
+SETTINGS = {"rounds": int, "block_s": NUMBER, "budget_s": NUMBER, "start_s": NUMBER, "check_steps": int, "exact": bool}
 COST = {
     "operation": str,
     "rival": str,
