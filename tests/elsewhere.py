@@ -33,7 +33,7 @@ def use(name: str) -> None:
     for factory in FACTORIES:
         made = getattr(torch, factory)
         setattr(torch, factory, _made_on(device, made))
-    torch.Generator = _generators_on(device)  # type: ignore[misc]
+    torch.Generator = _generators_on(device)
     streams = getattr(torch, device.type)
     torch.get_rng_state, torch.set_rng_state = streams.get_rng_state, streams.set_rng_state
     torch.random.fork_rng = _forked(device, torch.random.fork_rng)

@@ -26,7 +26,7 @@ def _forward(*shape: int) -> tuple[object, ...]:
 def _backward(*shape: int) -> tuple[object, ...]:
     """What the forward took and kept, for one gradient."""
     x, weight, _, mean, var, *_ = given = _forward(*shape)
-    _, saved, invstd, reserve = _aten.cudnn_batch_norm.default(*given)  # type: ignore[misc]
+    _, saved, invstd, reserve = _aten.cudnn_batch_norm.default(*given)
     return x, of(*shape, seed=5).cuda(), weight, mean, var, saved, invstd, 1e-5, reserve
 
 
