@@ -18,7 +18,7 @@ BENCH := $(VENV)/.ready-bench
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types doctest snippets imports check check-capture check-modules check-mutations \
+.PHONY: help demo test lint format types doctest snippets imports check check-capture coverage check-modules check-mutations \
         bench bench-overhead readme clean
 
 help: ## list the targets
@@ -68,6 +68,11 @@ check-capture: $(READY) ## captured steps, compiled, against eager ones over 50 
 
 check-modules: $(READY) ## every module of torch.nn as a stack, against its members and torch.func; twenty minutes
 	$(ONE_THREAD) $(BIN)/python -m survey.modules $(ARGS)
+
+coverage: $(READY) ## both sweeps, over all modules and operations of torch, and docs/coverage.md from them; an hour
+	$(ONE_THREAD) $(BIN)/python -m survey.modules
+	$(ONE_THREAD) $(BIN)/python -m survey.operations
+	$(BIN)/python -m survey.coverage_page
 
 # -- figures
 

@@ -1,11 +1,11 @@
-"""All of torch's own modules, each as a stack of three: right, refused by name, or wrong, and by which paths.
+"""All modules of torch.nn, each as a stack of three: right, refused by name, or wrong, and by which paths.
 
     make check-modules
     python -m survey.modules --only Conv2d LSTM      these alone; nothing is written
 
 Compared with a loop are outputs, gradients of parameters and inputs, and buffers: with gradients, without, with second
-gradients and under autocast, the inputs each member's own; and with gradients and one input for all. Beside it stands
-what torch.func does with the same.
+gradients (in float64) and under autocast, the inputs each member's own; and with gradients and one input for all.
+Beside it stands what torch.func does with the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from memberwise.errors import MemberwiseError
 from survey import records
 from survey.found import Found, kinds_differ, values_differ
 from survey.records import REFUSED, RIGHT, WRONG, Record
-from survey.samples import MEMBERS, Sample, entries, samples
+from survey.samples import LISTS, MEMBERS, Sample, entries, samples
 from survey.trial import WAYS, Trial, alone, by_torch, together
 
 TRIALS = (("gradients", True), *((way, False) for way in WAYS))
@@ -45,6 +45,8 @@ class Tally:
         """All of it together: the worst verdict stands."""
         verdict = records.worst(verdict for verdict, _, _ in self.verdicts)
         code, what = next((rest for found, *rest in self.verdicts if found == verdict), ("", ""))
+        if not self.verdicts:
+            verdict, what = WRONG, "nothing was compared: no lone run succeeds"
         rival = next((found for found in self.torch if found != RIGHT), RIGHT)
         return Record(name, variant, verdict, code, what, dict(self.paths), self.slow, rival, len(self.verdicts))
 
@@ -54,7 +56,8 @@ def examined(info: Any, training: bool) -> Record:
     tally = Tally()
     for sample in samples(info, training):
         for way, shared in TRIALS:
-            _try(tally, sample, Trial(sample.models, sample.inputs, shared, way))
+            trial = Trial(sample.make, sample.inputs, shared, way)
+            _try(tally, sample, trial.wide() if way == "second gradients" else trial)
     return tally.record(info.name, "train" if training else "eval")
 
 
@@ -106,17 +109,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Sweep; the exit status is 1 where a module is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these modules alone; nothing is written")
-    chosen = parser.parse_args(arguments).only
+    parser.add_argument("--of", nargs="+", choices=LISTS, default=[*LISTS], help="torch's list, or what it leaves out")
+    options = parser.parse_args(arguments)
+    chosen = options.only
     warnings.simplefilter("ignore")
-    found = []
-    for info, training in track(entries(chosen), "modules", disable=None):
-        found.append(record := examined(info, training))
-        if chosen or record.verdict != RIGHT or record.slow:
-            print(" ".join((record.name, record.variant, record.verdict, record.what)), *_slow(record), flush=True)
-    print(summary(found))
-    if not chosen:
-        print(records.write("modules", found, members=MEMBERS, dtype="float32"))
-    return int(any(record.verdict == WRONG for record in found))
+    status = 0
+    for name in options.of:
+        found = []
+        for info, training in track(entries(LISTS[name], chosen), name, disable=None):
+            found.append(record := examined(info, training))
+            if chosen or record.verdict != RIGHT or record.slow:
+                print(" ".join((record.name, record.variant, record.verdict, record.what)), *_slow(record), flush=True)
+        print(summary(found))
+        if not chosen:
+            print(records.write(name, found, members=MEMBERS, dtype="float32; float64 for second gradients"))
+        status |= any(record.verdict == WRONG for record in found)
+    return int(status)
 
 
 def _slow(record: Record) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,19 +24,22 @@ class Sample:
 
     Attributes:
         about: what is special about it, in torch's words.
-        models: M modules, each with parameters of its own.
+        make: makes M modules, each with parameters of its own.
         inputs: of each, `(args, kwargs)`.
     """
 
     about: str
-    models: list[nn.Module]
+    make: Callable[[], list[nn.Module]]
     inputs: list[Any]
 
 
-def entries(names: list[str] | None = None) -> list[tuple[ModuleInfo, bool]]:
-    """Each of torch's modules in each of its modes."""
-    every = [*module_db, *more_modules]
-    chosen = [info for info in every if not names or info.name.removeprefix("nn.") in names]
+LISTS = {"modules": module_db, "more_modules": more_modules}
+"""Results file -> the modules that are swept."""
+
+
+def entries(infos: list[ModuleInfo], names: list[str] | None = None) -> list[tuple[ModuleInfo, bool]]:
+    """Each of the modules in each of its modes; of some names alone, if there are any."""
+    chosen = [info for info in infos if not names or info.name.removeprefix("nn.") in names]
     return [(info, training) for info in chosen for training in (True, False)]
 
 
@@ -42,13 +47,18 @@ def samples(info: ModuleInfo, training: bool) -> Iterator[Sample]:
     """All of a module's samples; the members' differ in values alone."""
     columns = [_inputs(info, training, seed) for seed in range(MEMBERS)]
     for row in zip(*columns, strict=True):
-        models = []
-        for member, sample in enumerate(row):
-            torch.manual_seed(100 + member)
-            made = sample.constructor_input
-            models.append(_perturbed(info.module_cls(*made.args, **made.kwargs).train(training)))
+        made = [sample.constructor_input for sample in row]
         inputs = [(sample.forward_input.args, sample.forward_input.kwargs) for sample in row]
-        yield Sample(row[0].desc, models, inputs)
+        yield Sample(row[0].desc, partial(_made, info, made, training), inputs)
+
+
+def _made(info: ModuleInfo, ways: list[Any], training: bool) -> list[nn.Module]:
+    models = []
+    for member, way in enumerate(ways):
+        torch.manual_seed(100 + member)
+        args, kwargs = deepcopy((way.args, way.kwargs))
+        models.append(_perturbed(info.module_cls(*args, **kwargs).to(torch.float32).train(training)))
+    return models
 
 
 def _perturbed(model: nn.Module) -> nn.Module:

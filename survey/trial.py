@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,31 +26,37 @@ class Trial:
     """What is compared.
 
     Attributes:
-        models: M modules of one class, in one mode.
+        make: makes M modules of one class, in one mode; the same each time.
         inputs: of each member, `(args, kwargs)`.
         shared: whether the first member's inputs serve all.
         way: one of WAYS.
     """
 
-    models: Sequence[nn.Module]
+    make: Callable[[], list[nn.Module]]
     inputs: Sequence[Any]
     shared: bool
     way: str
 
+    @cached_property
+    def state(self) -> list[torch.Tensor]:
+        """Parameters and buffers of one model."""
+        model = self.make()[0]
+        return [*model.parameters(), *model.buffers()]
+
     @property
     def lazy(self) -> bool:
         """Whether the models get their parameters in their first call."""
-        return any(map(is_lazy, _tensors(self.models[0])))
+        return any(map(is_lazy, self.state))
 
     @property
     def is_mapped(self) -> bool:
         """Whether anything has an entry a member: of nothing, torch.func makes no M results."""
-        return not self.shared or any(True for _ in _tensors(self.models[0]))
+        return not self.shared or bool(self.state)
 
     @property
     def members(self) -> range:
         """Their numbers."""
-        return range(len(self.models))
+        return range(len(self.inputs))
 
     def own(self, member: int) -> Any:
         """Copies of a member's inputs."""
@@ -64,7 +69,7 @@ class Trial:
     def wide(self) -> Trial:
         """The same in float64."""
         inputs = [copied(own, torch.Tensor.double) for own in self.inputs]
-        return replace(self, models=[copy.deepcopy(model).double() for model in self.models], inputs=inputs)
+        return replace(self, make=lambda: [model.double() for model in self.make()], inputs=inputs)
 
     def context(self) -> AbstractContextManager[Any]:
         """What the forward runs in."""
@@ -76,10 +81,6 @@ class Trial:
         """What a run gave."""
         wanted = {**dict(params), **tracked(inputs)}
         return gathered(out, members, wanted, dict(buffers), shared=self.shared, orders=WAYS[self.way])
-
-
-def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    return itertools.chain(module.parameters(), module.buffers())
 
 
 def copied(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -130,10 +131,10 @@ def _stream(member: int) -> int:
 
 def alone(trial: Trial) -> tuple[Found, bool]:
     """Each member by itself, in plain PyTorch; and whether it drew."""
-    columns, drew = [], False
-    for i in trial.members:
-        model, (args, kwargs) = copy.deepcopy(trial.models[i]), trial.own(i)
-        if i == 0 or not trial.lazy:  # lazy ones draw their parameters here, one after another
+    columns, drew, lazy = [], False, trial.lazy
+    for i, model in enumerate(trial.make()):
+        args, kwargs = trial.own(i)
+        if i == 0 or not lazy:  # lazy ones draw their parameters here, one after another
             torch.manual_seed(_stream(i))
         before = torch.get_rng_state()
         with trial.context():
@@ -145,9 +146,9 @@ def alone(trial: Trial) -> tuple[Found, bool]:
 
 def together(trial: Trial) -> tuple[Found, list[trace.Entry]]:
     """As one stack, by one call and one backward; and how each operation ran."""
-    torch.manual_seed(_stream(0))
     example, named = trial.own(0) if trial.lazy else (None, None)
-    models = copy.deepcopy(trial.models) if trial.lazy else trial.models
+    models = trial.make()
+    torch.manual_seed(_stream(0))
     stack = memberwise.stack(models, example_inputs=example, example_kwargs=named)
     stack.generators = [torch.Generator().manual_seed(_stream(i)) for i in trial.members]
     args, kwargs = trial.all(memberwise.each)
@@ -160,7 +161,7 @@ def together(trial: Trial) -> tuple[Found, list[trace.Entry]]:
 
 def by_torch(trial: Trial) -> Found:
     """By `torch.func`: stack_module_state, functional_call and vmap."""
-    models = [copy.deepcopy(model) for model in trial.models]
+    models = trial.make()
     params, buffers = torch.func.stack_module_state(models)  # type: ignore[arg-type] # any sequence will do
     args, kwargs = trial.all(lambda leaf: leaf)
     dim = None if trial.shared else 0

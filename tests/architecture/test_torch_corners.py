@@ -189,6 +189,25 @@ def test_a_shortened_backward_is_still_the_backward() -> None:
     assert second.tolist() == [2.0, 2.0]
 
 
+def test_the_question_before_nested_tensors_is_found_where_its_override_is_given() -> None:
+    """Breaks: `nn.TransformerEncoder` with a padding mask in evaluation, whose padding would not be zeros as alone."""
+    from memberwise._torch.nested import is_left_aligned
+
+    rows, seen = torch.ones(2, 3, 4), []
+    assert is_left_aligned(rows, torch.tensor([[True, True, True], [True, False, False]])) is True
+    assert is_left_aligned(rows, torch.tensor([[True, True, True], [False, True, True]])) is False
+
+    class Overriding(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(4, 2, 4, batch_first=True), 1).eval()
+    encoder(rows.as_subclass(Overriding), src_key_padding_mask=torch.zeros(2, 3, dtype=torch.bool))
+    assert is_left_aligned in seen
+
+
 def test_packing_is_found_where_its_override_is_given() -> None:
     """Breaks: packed sequences inside a call, which are gathered by a function of ours in its place."""
     from memberwise._torch.packing import pack_padded_sequence

@@ -7,13 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from memberwise.rules import pooling
-from tests.parity.rule_case import RuleCase, case, of
+from tests.parity.rule_case import RuleCase, case, of, positive
 
 _aten = torch.ops.aten
 
 _flat, _solid = of(2, 3, 5, 5), of(2, 2, 4, 4, 4)
 _max2, _max3 = _aten.max_pool2d_with_indices, _aten.max_pool3d_with_indices
 _indices2, _indices3 = _max2.default(_flat, [2, 2])[1], _max3.default(_solid, [2, 2, 2])[1]
+_frac2, _frac3 = _aten.fractional_max_pool2d.default, _aten.fractional_max_pool3d.default
 _window2 = ([2, 2], [2, 2], [0, 0], [1, 1], False)
 _window3 = ([2, 2, 2], [2, 2, 2], [0, 0, 0], [1, 1, 1], False)
 _mean2, _mean3 = ([2, 2], [2, 2], [0, 0], False, True, None), ([2, 2, 2], [2, 2, 2], [0, 0, 0], False, True, None)
@@ -45,6 +46,19 @@ CASES = [
     ),
     case(_aten.max_unpool2d.default, _max2.default(_flat, [2, 2])[0], _indices2, [5, 5], batch_dims=(0, 0, None)),
     case(_aten.max_unpool2d.default, of(3, 2, 2), _indices2[0], [5, 5], name="no batch"),
+    case(_frac2, _flat, [2, 2], [3, 3], positive(2, 3, 2), state=(3,), thorough=False),
+    case(_frac2, of(3, 5, 5), [2, 2], [3, 3], positive(2, 3, 2), name="no batch", state=(3,), thorough=False),
+    case(_frac3, _solid, [2, 2, 2], [2, 2, 2], positive(2, 2, 3), state=(3,), thorough=False),
+    case(
+        _aten.fractional_max_pool2d_backward.default,
+        *(of(2, 3, 3, 3), _flat, [2, 2], [3, 3], _frac2(_flat, [2, 2], [3, 3], positive(2, 3, 2))[1]),
+        thorough=False,  # as above
+    ),
+    case(
+        _aten.fractional_max_pool3d_backward.default,
+        *(of(2, 2, 2, 2, 2), _solid, [2] * 3, [2] * 3, _frac3(_solid, [2] * 3, [2] * 3, positive(2, 2, 3))[1]),
+        thorough=False,  # as above
+    ),
     case(_aten.max_unpool3d.default, of(2, 2, 2, 2, 2), _indices3, [4, 4, 4], [2, 2, 2], [0, 0, 0]),
 ]
 

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
+from memberwise._torch.nested import is_left_aligned
 from memberwise._torch.packing import pack_padded_sequence
+from memberwise.engine.lengths import TAKES_LENGTHS
+from memberwise.engine.nested import goes_nested
 from memberwise.engine.packing import pack
 from memberwise.engine.signals import part_ways
 from memberwise.engine.tensor import MemberTensor
@@ -60,6 +63,8 @@ def _format(member: Any, spec: str) -> str:
 HOST: dict[Any, Callable[..., Any]] = {
     _T.tolist: _agreed(_T.tolist),
     pack_padded_sequence: pack,
+    is_left_aligned: goes_nested,
+    **TAKES_LENGTHS,
     _T.__format__: _format,
     _T.data.__set__: _memory("data"),  # type: ignore[attr-defined] # a getset descriptor
     **{getattr(_T, name): _memory(name) for name in ("numpy", "data_ptr", "untyped_storage", "set_")},

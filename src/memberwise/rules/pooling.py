@@ -114,3 +114,26 @@ for _name, _space in _POOLS.items():
 for _op, _space in ((_aten.max_unpool2d.default, 2), (_aten.max_unpool3d.default, 3)):  # differentiated as a gather
     register_rule(_op, _folded(_op, _space, (0, 1)))
     LONE_CONTIGUOUS.add(_op)
+
+
+def _fractional(call: Callable[..., Any], space: int) -> Any:
+    """Windows at random places, which are given: of each sample and channel their own."""
+
+    def rule(info: Any, in_dims: Any, x: Any, kernel: Any, output: Any, places: Any) -> Any:
+        size = info.batch_size
+        x = expanded(x, in_dims[0], size)
+        has_batch = x.ndim == space + 3
+        places = expanded(places, in_dims[3], size)[:, : x.shape[1] if has_batch else 1]  # torch reads no more of them
+        if is_channels_last(x):
+            return Decline("memory in channels_last order", by_member=True)
+        found = call(into_batch(x) if has_batch else x, kernel, output, into_batch(places))
+        return (tuple(out_of_batch(one, size) for one in found) if has_batch else found), 0
+
+    return rule
+
+
+for _name, _space in (("fractional_max_pool2d", 2), ("fractional_max_pool3d", 3)):
+    _op, _back = getattr(_aten, _name).default, getattr(_aten, _name + "_backward").default
+    register_rule(_op, _fractional(_op, _space))
+    register_rule(_back, _folded(_back, _space, _tensor_places(_back)))
+    LONE_CONTIGUOUS.update({_op, _back})
