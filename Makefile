@@ -18,8 +18,8 @@ BENCH := $(VENV)/.ready-bench
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types doctest snippets imports check check-capture coverage check-modules check-mutations \
-        bench bench-overhead readme clean
+.PHONY: help demo test lint format types doctest snippets imports check check-capture check-fuzz coverage check-modules \
+        check-mutations bench bench-overhead readme clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | \
@@ -65,6 +65,9 @@ check-mutations: $(READY) ## break each rule in turn, and demand that the tests 
 
 check-capture: $(READY) ## captured steps, compiled, against eager ones over 50 steps; minutes of compiling
 	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=worksteal tests/parity/check_capture.py $(ARGS)
+
+check-fuzz: $(READY) ## random programs, stack against loop; ARGS="--programs 100000" for the recorded run
+	$(ONE_THREAD) $(BIN)/python -m survey.fuzz.run $(ARGS)
 
 check-modules: $(READY) ## every module of torch.nn as a stack, against its members and torch.func; twenty minutes
 	$(ONE_THREAD) $(BIN)/python -m survey.modules $(ARGS)
