@@ -154,6 +154,7 @@ class Stack(nn.Module):
         for (module, name), own in slots.variants.items():
             first, chosen = table_of(twins[module], name)[name], [own[i] for i in indices.tolist()]
             new.variants[twins[module], name] = [_variant(one, first, successors) for one in chosen]
+        new.parted = slots.parted.moved(twins)
         new.apart = {k: slots.apart[i] for k, i in enumerate(indices.tolist()) if i in slots.apart}
         if slots.generators is not None:
             new.generators = take_streams(slots.generators, indices, memo)

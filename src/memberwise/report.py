@@ -26,7 +26,8 @@ class Row:
         op: the ATen operation, a composite rule, or the module or function that ran member by member.
         phase: "forward" or "backward".
         path: "rule", "vmap" (torch's batching of this operation), "loop" (this operation member by member),
-            "retreat" (a module or the function member by member), "agreement" (a value that the host read), or
+            "retreat" (a module or the function member by member), "undone" (a stacked run of it that came to where
+            members part ways: the next calls do not try), "agreement" (a value that the host read), or
             "shared" (no member's value took part: it ran once).
         reason: why by no faster path; "" where there is nothing to say.
         count: how often.

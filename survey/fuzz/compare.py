@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import memberwise
-from memberwise.engine import lowering
+from memberwise.engine import lowering, parted
 from memberwise.engine.tensor import MemberTensor
 from memberwise.errors import MemberwiseError
 from memberwise.rules.registry import composites_disabled
@@ -74,10 +74,15 @@ def finish(
     return {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
 
 
-def called(program: Program, call: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
-    """The results of all calls of a program."""
+def called(program: Program, call: Callable[[], list[torch.Tensor]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The results of all calls of a program; and their values after each, as what ran member by member is no view of
+    the inputs, and does not see a later write to them."""
+    outs, values = [], []
     with torch.no_grad() if program.backward == "none" else nullcontext():
-        return [out for _ in range(program.calls) for out in call()]
+        for _ in range(program.calls):
+            outs += (found := call())
+            values += [out.detach().clone() for out in found]
+    return outs, values
 
 
 def attributes(model: Any) -> dict[str, torch.Tensor]:
@@ -101,20 +106,22 @@ def alone(program: Program, member: int, shaken: float = 0.0) -> Outcome:
     leaves = {f"input {k}": t for k, t in enumerate(given)}
     state: dict[str, torch.Tensor] = {}
     if program.through == "vmap":
-        outs = called(program, lambda: execute(program.steps, pool_of(given, given[1])))
+        outs, values = called(program, lambda: execute(program.steps, pool_of(given, given[1])))
     elif program.through == "stack":
         leaves |= dict(model.named_parameters())
-        outs = called(program, lambda: model(*given))
+        outs, values = called(program, lambda: model(*given))
         state = {name: buffer.detach() for name, buffer in model.named_buffers()} | attributes(model)
     else:
         params, buffers = memberwise.stack_module_state([model])
         params = {name: p.detach()[0].requires_grad_() for name, p in params.items()}
         buffers = {name: b[0].clone() for name, b in buffers.items()}
         leaves |= params
-        outs = called(program, lambda: torch.func.functional_call(model, ({**params}, {**buffers}), tuple(given)))
+        outs, values = called(
+            program, lambda: memberwise.functional_call(model, ({**params}, {**buffers}), tuple(given))
+        )
         state = buffers
     grads = finish(program, outs, leaves, lambda t: torch.full_like(t, 1 + 0.1 * member))
-    return Outcome(_detached(outs), _detached(given), grads, state, [torch.get_rng_state()])
+    return Outcome(values, _detached(given), grads, state, [torch.get_rng_state()])
 
 
 def together(program: Program) -> Outcome:
@@ -128,13 +135,13 @@ def together(program: Program) -> Outcome:
     state: dict[str, torch.Tensor] = {}
     if program.through == "vmap":
         mapped = memberwise.vmap(_steps_of(program), (0, 0, 0, None), generators=generators)
-        outs = called(program, lambda: mapped(*given))
+        outs, values = called(program, lambda: mapped(*given))
     elif program.through == "stack":
         stack = memberwise.stack(models)
         stack.generators = generators
         leaves |= dict(stack.named_parameters())
         marked = [*map(memberwise.each, given[:SHARED]), given[SHARED]]
-        outs = called(program, lambda: stack(*marked))
+        outs, values = called(program, lambda: stack(*marked))
         state = {name: b.detach() for name, b in stack.named_buffers()} | attributes(stack)
     else:
         params, buffers = memberwise.stack_module_state(models)
@@ -145,10 +152,10 @@ def together(program: Program) -> Outcome:
             return memberwise.functional_call(template, (p, b), own)
 
         mapped = memberwise.vmap(call, (0, 0, 0, 0, 0, None), generators=generators)
-        outs = called(program, lambda: mapped(params, buffers, *given))
+        outs, values = called(program, lambda: mapped(params, buffers, *given))
         state = {name: b.detach() for name, b in buffers.items()}
     grads = finish(program, outs, leaves, _weights)
-    return Outcome(_detached(outs), _detached(given), grads, state, [g.get_state() for g in generators])
+    return Outcome(values, _detached(given), grads, state, [g.get_state() for g in generators])
 
 
 def _steps_of(program: Program) -> Callable[..., Any]:
@@ -208,6 +215,7 @@ def _taken(program: Program) -> list[Any]:
 @contextmanager
 def _quiet(program: Program) -> Iterator[None]:
     lowering.raised = lowering.Raised()  # what one program asks for is remembered for the code of all
+    parted.of_functions.clear()
     with warnings.catch_warnings(), nullcontext() if program.composites else composites_disabled():
         warnings.simplefilter("ignore")
         yield

@@ -7,7 +7,15 @@ from contextlib import nullcontext
 
 import pytest
 
+from memberwise.engine import lowering, parted
 from memberwise.rules.registry import composites_disabled
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> None:
+    """What calls are known for goes by the code of their function, and tests with other parameters have the same."""
+    parted.of_functions.clear()
+    lowering.raised = lowering.Raised()
 
 
 @pytest.fixture(params=["composites", "rules"])

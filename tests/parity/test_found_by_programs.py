@@ -64,3 +64,32 @@ def test_an_input_is_detached_by_a_member_that_runs_alone() -> None:
         return x.detach_() * w * (2 if differs(x) else 3)
 
     check(func, numbers(4, 3, seed=5), numbers(4, 3, seed=6))
+
+
+class Looking(nn.Module):
+    """Asks whether its parameters require a gradient, and takes one where the caller has gradients off."""
+
+    def __init__(self, parts: bool) -> None:
+        super().__init__()
+        self.linear, self.scale, self.parts = nn.Linear(3, 3), nn.Parameter(torch.randn(3)), parts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        asked = (self.scale, self.linear.weight, hidden := self.linear(x), hidden * self.scale)
+        if self.parts and differs(hidden):
+            hidden = hidden * 2
+        with torch.enable_grad():
+            of_scale, of_weight = torch.autograd.grad(
+                (self.scale * self.linear(x)).sum(), (self.scale, self.linear.weight)
+            )
+        return hidden + of_scale + of_weight.sum() + sum(2**k for k, t in enumerate(asked) if t.requires_grad)
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_parameters_require_gradients_where_the_caller_has_them_off(parts: bool) -> None:
+    models = [Looking(parts).double() for _ in range(3)]
+    stack = memberwise.stack(models)
+    x = numbers(3, 2, 3, grad=False)
+    with torch.no_grad():
+        out = stack(memberwise.each(x))
+        assert_equal(out, torch.stack([model(own) for model, own in zip(models, x, strict=True)]))
+        assert not out.requires_grad

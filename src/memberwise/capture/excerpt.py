@@ -25,9 +25,9 @@ class _Facts:
 
     def __init__(self, slots: Slots) -> None:
         self.slots = slots
-        self.own = {name: getattr(slots, name) for name in ("members", "generators", "retreats", "carried")}
+        self.own = {name: getattr(slots, name) for name in ("members", "generators", "parted", "carried")}
         self.tables: list[tuple[dict[Any, Any], dict[Any, Any]]] = [
-            (slots.retreats, dict(slots.retreats)), (slots.carried, dict(slots.carried)),
+            (slots.parted, dict(slots.parted)), (slots.carried, dict(slots.carried)),
         ]  # fmt: skip
 
     def restore(self) -> None:

@@ -55,6 +55,7 @@ class Region(DispatchMode):
         running: whether the call is still under way (its backward may come later).
         lowers: whether its tensors come in lowered, see `memberwise.engine.lowering`.
         looking: whether, gradients being off, operations read lowered tensors as they are.
+        apart: the modules that run member by member in this call, and why.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Region(DispatchMode):
         self.running = False
         self.lowers = False
         self.looking = False
+        self.apart: dict[Any, str] = {}
         self.depth = 0
         self._reached: list[torch.Tensor] = []
         self._streams: list[tuple[torch.Generator, torch.Tensor]] | None = None

@@ -74,7 +74,7 @@ class Arguments:
         """Where the tensors are, those apart that one node takes in: it must not tie what is asked of one argument (the
         gradient of `x`) to what is asked of another (those of all parameters)."""
         places = [k for k, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
-        if region.lowers or not torch.is_grad_enabled():
+        if region.lowers:
             return [places] if places else []
         tracked = [k for k in places if self.leaves[k].requires_grad]
         if len(tracked) < 2:

@@ -13,12 +13,13 @@ from memberwise._torch.checkpoint import StopRecomputation, recomputed_inside
 from memberwise._torch.dispatch import has_tangents, mode_depth, push_mode
 from memberwise._torch.dynamo import uncompiled
 from memberwise._torch.functions import enter_functions, leave_functions, users_functions
-from memberwise.engine import again, lowering, retreat
+from memberwise.engine import again, lowering, retreat, trace
 from memberwise.engine.ambient import Region
 from memberwise.engine.arguments import Arguments, mapped
 from memberwise.engine.closures import function_arguments
 from memberwise.engine.memory import keep_freed
 from memberwise.engine.outputs import bad, check_out_dims, outputs
+from memberwise.engine.parted import Place, apart, memory_of, signature_of
 from memberwise.engine.parting import in_parts, parts
 from memberwise.engine.signals import Retreat, Unlowered
 from memberwise.engine.slots import Slots
@@ -119,17 +120,31 @@ def _run_parts(
 
 def _run_chunk(func: Callable[..., Any], arguments: Arguments, out_dims: Any, randomness: str, generators: Any) -> Any:
     region = Region(arguments.size, len(again.local.regions), randomness, generators)
-    raised = arguments.slots[0].raised if arguments.slots else lowering.raised
-    region.lowers = lowering.may_lower(region) and func not in raised and not any(s.retreats for s in arguments.slots)
-    again_raised = False
     if has_tangents():
-        reason = Retreat("forward-mode differentiation goes around the call", region)
-        return retreat.by_members(func, arguments, out_dims, region, reason)
-    for slots in arguments.slots:
-        if slots.template in slots.retreats:
-            reason = Retreat(slots.retreats[slots.template], region)
-            return retreat.by_members(func, arguments, out_dims, region, reason)
-    while True:
+        signal = Retreat("forward-mode differentiation goes around the call", region)
+        retreat.warn(None, signal)
+        return retreat.by_members(func, arguments, out_dims, region, signal.reason)
+    region.apart = apart(func, arguments)
+    if None in region.apart:
+        return retreat.by_members(func, arguments, out_dims, region, region.apart[None])
+    parted: dict[Place, str] = {}
+    result = _run_until_none_parts(func, arguments, out_dims, region, parted)
+    if parted:
+        memory, signature = memory_of(func, arguments), signature_of(func, arguments)
+        for place, reason in parted.items():
+            memory.note(place, signature, reason)
+    return result
+
+
+def _run_until_none_parts(
+    func: Callable[..., Any], arguments: Arguments, out_dims: Any, region: Region, parted: dict[Place, str]
+) -> Any:
+    """Stacked, but for the places where members part ways, which are found on the way and put into `parted`."""
+    raised = arguments.slots[0].raised if arguments.slots else lowering.raised
+    region.lowers = lowering.may_lower(region) and func not in raised and not region.apart
+    again_raised = False
+    while None not in parted:
+        start = trace.clock()
         try:
             result = _run_stacked(func, arguments, out_dims, region)
             if again_raised:
@@ -139,14 +154,17 @@ def _run_chunk(func: Callable[..., Any], arguments: Arguments, out_dims: Any, ra
             if signal.region is not region:
                 raise
             again_raised, region.lowers = True, False
-            continue
         except Retreat as signal:
             if signal.region is not region:
                 raise
-            reason = signal
             region.lowers = False
-        if not retreat.to_module(reason, arguments):
-            return retreat.by_members(func, arguments, out_dims, region, reason)
+            place = retreat.smallest_module(signal, arguments, region)
+            parted[place] = region.apart[place] = signal.reason
+            retreat.warn(place, signal)
+            if trace.active is not None:
+                name = trace.name_of(func if place is None else type(place))
+                trace.active.note(name, "undone", signal.reason, trace.clock() - start)
+    return retreat.by_members(func, arguments, out_dims, region, parted[None])
 
 
 def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, region: Region) -> Any:
@@ -162,8 +180,8 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
     push_mode(region)
     try:
         try:
-            apart = functools.partial(_by_members, swaps, region)
-            with apart(), recomputed_inside(again.Surroundings(region, swaps, apart)):
+            by_members = functools.partial(_by_members, swaps, region)
+            with by_members(), recomputed_inside(again.Surroundings(region, swaps, by_members)):
                 args, kwargs = arguments.build(inside)
                 out = func(*args, **kwargs)
             region.check_global_streams(at_the_end=True)
@@ -184,7 +202,7 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
         raise
     except Exception as error:
         retreat.undo(region, swaps)
-        if isinstance(error, MemberwiseError) or retreat.is_lone(error, swaps):
+        if isinstance(error, MemberwiseError) or retreat.is_lone(error):
             raise
         if region.lowers:
             raise Unlowered(f"{type(error).__name__} with lowered tensors", region) from error
@@ -202,8 +220,7 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
 
 def _by_members(swaps: retreat.Swaps, region: Region) -> AbstractContextManager[None]:
     """Where modules are known to part ways, they run member by member."""
-    known = [slots for slots, _ in swaps if slots.retreats]
-    return retreat.modules_by_members(swaps, region) if known else _NOTHING
+    return retreat.modules_by_members(swaps, region) if region.apart else _NOTHING
 
 
 def _check_generators(generators: Any, size: int) -> Any:

@@ -133,9 +133,10 @@ def enter(
         return [_lowered(t, held, region) for t, held in zip(tensors, batched, strict=True)]
     if functorch_active():
         return list(_EnterTransforms.apply(region, tuple(batched), *tensors))  # type: ignore[arg-type] # a tuple of tensors
-    if not torch.is_grad_enabled():
-        return [_inside(t, held, region) for t, held in zip(tensors, batched, strict=True)]
     tracked = [k for k, t in enumerate(tensors) if t.requires_grad]
+    if tracked and not torch.is_grad_enabled():
+        with torch.enable_grad():  # alone a parameter requires a gradient where gradients are off, too
+            return enter(tensors, batched, region)
     if len(tracked) == len(tensors) and tensors:
         return list(_enter(region, tuple(batched), *tensors))
     pairs = zip(tensors, batched, strict=True)

@@ -43,9 +43,17 @@ def on_function(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = N
         if below:
             lowering.make_way(func, below)
             if not torch.is_grad_enabled():
-                with lowering.looking(below[0]._region):
-                    return _single(func, args, kwargs, reason)
+                return _looking(below[0]._region, func, args, kwargs, reason)
         return _single(func, args, kwargs, reason)
+
+
+def _looking(region: Any, func: Any, args: Any, kwargs: Any, reason: str) -> Any:
+    """Gradients being off, an operation reads lowered tensors as they are."""
+    before, region.looking = region.looking, True
+    try:
+        return _single(func, args, kwargs, reason)
+    finally:
+        region.looking = before
 
 
 def _single(func: Any, args: Any, kwargs: Any, reason: str) -> Any:

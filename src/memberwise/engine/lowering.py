@@ -13,8 +13,7 @@ any operation that reaches a lowered tensor on another way than through `__torch
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -64,13 +63,7 @@ _raise = applier(_Raise)
 
 def may_lower(region: Region) -> bool:
     """Whether a call that begins now could take its tensors in lowered."""
-    return (
-        region.level == 0
-        and torch.is_grad_enabled()
-        and composites_enabled()
-        and mode_depth() == 0
-        and not composites_must_stand_aside()
-    )
+    return region.level == 0 and composites_enabled() and mode_depth() == 0 and not composites_must_stand_aside()
 
 
 class Raised:
@@ -80,13 +73,13 @@ class Raised:
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __contains__(self, func: Callable[..., Any]) -> bool:
-        return bool(self._known) and _code(func) in self._known
+        return bool(self._known) and code_of(func) in self._known
 
     def add(self, func: Callable[..., Any]) -> None:
-        self._known.add(_code(func))
+        self._known.add(code_of(func))
 
 
-def _code(func: Callable[..., Any]) -> Any:
+def code_of(func: Callable[..., Any]) -> Any:
     """What all functions that one line of a program makes have in common."""
     while isinstance(func, partial):
         func = func.func
@@ -161,16 +154,6 @@ def check_no_function(region: Region) -> None:
     """With gradients off: an `autograd.Function` that was given a lowered tensor has made no node for it."""
     if forward_of_function():
         unlower(region, "an autograd.Function of torch was given it")
-
-
-@contextmanager
-def looking(region: Region) -> Iterator[None]:
-    """Within the block, gradients being off, operations may read lowered tensors as they are."""
-    before, region.looking = region.looking, True
-    try:
-        yield
-    finally:
-        region.looking = before
 
 
 def unlower(region: Region, why: str) -> Any:

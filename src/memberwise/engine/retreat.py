@@ -45,30 +45,18 @@ def undo(region: Region, swaps: Swaps) -> None:
     region.rewind_streams()
 
 
-def to_module(signal: Retreat, arguments: Arguments) -> bool:
-    """Mark the smallest module that was running for a run by members; False if there is none (left)."""
-    by_module = {
-        module: slots
-        for slots in arguments.leaves
-        if isinstance(slots, Slots)
-        for module in slots.template.modules()
-        if module is not slots.template
+def smallest_module(signal: Retreat, arguments: Arguments, region: Region) -> nn.Module | None:
+    """The smallest module of a stack that was running, and does not run by members yet; None if there is none."""
+    modules = {
+        module for slots in arguments.slots for module in slots.template.modules() if module is not slots.template
     }
-    for module in reversed(_running_modules(signal)):
-        slots = by_module.get(module)
-        if slots is not None and module not in slots.retreats:
-            slots.retreats[module] = signal.reason
-            _warn(f"module {type(module).__name__} ran member by member: {signal.reason}", signal)
-            return True
-    return False
+    running = reversed(_running_modules(signal))
+    return next((module for module in running if module in modules and module not in region.apart), None)
 
 
-def is_lone(error: Exception, swaps: Swaps) -> bool:
-    """Whether a member alone raised it: then it is the user's, and the module that raised it need not retreat."""
-    module = getattr(error, "_raised_alone_in", None)
-    for slots, _ in swaps:
-        slots.retreats.pop(module, None)
-    return module is not None
+def is_lone(error: Exception) -> bool:
+    """Whether a member alone raised it: then it is the user's."""
+    return hasattr(error, "_raised_alone_in")
 
 
 def _running_modules(signal: Retreat) -> list[nn.Module]:
@@ -82,20 +70,24 @@ def _running_modules(signal: Retreat) -> list[nn.Module]:
     return found
 
 
-def _warn(what: str, signal: Retreat) -> None:
-    trace.warn_slow("MW207", what, "Its results are right; it is as slow as a loop there", signal.__traceback__)
+def warn(place: nn.Module | None, signal: Retreat) -> None:
+    """Say once that the function, or a module, runs member by member."""
+    what = "the function" if place is None else f"module {type(place).__name__}"
+    do = "Its results are right; it is as slow as a loop there"
+    trace.warn_slow("MW207", f"{what} ran member by member: {signal.reason}", do, signal.__traceback__)
 
 
 @contextmanager
 def modules_by_members(swaps: Swaps, region: Region) -> Iterator[None]:
-    """Let the modules that are known to retreat run member by member, the rest of the call stacked."""
+    """Let the modules that are known to part ways run member by member, the rest of the call stacked."""
     replaced: list[nn.Module] = []
-    for slots, _ in swaps:
-        for module, reason in slots.retreats.items():
-            if "forward" not in module.__dict__:
-                forward = partial(_forward_by_members, module, _forwards(module, slots, region), reason, region, slots)
-                object.__setattr__(module, "forward", forward)
-                replaced.append(module)
+    owners = {module: slots for slots, _ in swaps for module in slots.template.modules()}
+    for module, reason in region.apart.items():
+        if module in owners and "forward" not in module.__dict__:
+            slots = owners[module]
+            forward = partial(_forward_by_members, module, _forwards(module, slots, region), reason, region, slots)
+            object.__setattr__(module, "forward", forward)
+            replaced.append(module)
     try:
         yield
     finally:
@@ -245,7 +237,7 @@ def _left(tree: Any, rows: _MemberRows) -> tuple[list[Any], Callable[[list[Any]]
     return columns, rebuild
 
 
-def by_members(func: Callable[..., Any], arguments: Arguments, out_dims: Any, region: Region, signal: Retreat) -> Any:
+def by_members(func: Callable[..., Any], arguments: Arguments, out_dims: Any, region: Region, reason: str) -> Any:
     """The whole function for each member alone, as a loop would; results stacked at `out_dims`."""
     start = trace.clock()
     rows = Rows()
@@ -273,9 +265,8 @@ def by_members(func: Callable[..., Any], arguments: Arguments, out_dims: Any, re
             for solo in solos.values():
                 solo.collect()
     rows.write_back()
-    _warn(f"the function ran member by member: {signal.reason}", signal)
     if trace.active is not None:
-        trace.active.note(getattr(func, "__name__", repr(func)), "retreat", signal.reason, trace.clock() - start)
+        trace.active.note(trace.name_of(func), "retreat", reason, trace.clock() - start)
     return _stack_at(outs, out_dims)
 
 

@@ -80,9 +80,10 @@ class _Column:
         self._are_views = functorch_active() or has_tangents()  # which follow no node of ours
         if self._are_views:
             self.rows: Sequence[torch.Tensor] = [tensor.select(dim, i) for i in range(tensor.shape[dim])]
-        elif torch.is_grad_enabled() and tensor.requires_grad:
+        elif tensor.requires_grad and not torch.is_inference_mode_enabled():
             raise_for_function((tensor,))
-            self.rows = _TakeOut.apply(tensor, dim)  # type: ignore[assignment] # a tuple of tensors
+            with torch.enable_grad():  # alone a parameter requires a gradient where gradients are off, too
+                self.rows = _TakeOut.apply(tensor, dim)  # type: ignore[assignment] # a tuple of tensors
         else:
             self.rows = _rows(tensor, dim)
         self._nodes = [None if self._are_views else row.grad_fn for row in self.rows]

@@ -22,6 +22,7 @@ from memberwise.engine import values
 from memberwise.engine.ambient import Region
 from memberwise.engine.crossing import enter, leave
 from memberwise.engine.lowering import Raised
+from memberwise.engine.parted import Parted
 from memberwise.engine.tensor import MemberTensor
 from memberwise.trees import tree_leaves, tree_map
 
@@ -108,7 +109,8 @@ class Slots:
         generators: one random stream a member, or None; a call that brings none of its own draws from them.
         apart: members that are in another mode than the template, and in which; a tuple has one of each module.
         carried: stacked tensors that calls left in plain attributes, by (module, attribute).
-        retreats: modules that run member by member, and why.
+        retreats: modules that run member by member in all calls, as members differ in them, and why.
+        parted: where its members have parted ways.
         settings: plain attributes, by (module, attribute), in which a `MemberValue` stands.
         variants: submodules (or hooks), by (parent, name), of which members have others: one a member, on the same
             tensors. Only a run by members shows them.
@@ -126,6 +128,7 @@ class Slots:
         self.retreats: dict[nn.Module, str] = {}
         self.settings: set[tuple[nn.Module, str]] = set()
         self.variants: dict[tuple[nn.Module, str], list[Any]] = {}
+        self.parted = Parted()
         self.raised = Raised()
         self.carried: dict[tuple[nn.Module, str], Any] = {}
         self.aliases: list[tuple[nn.Module, str]] = []
@@ -180,7 +183,18 @@ class Slots:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("template", "shared", "members", "generators", "apart", "retreats", "carried", "settings", "variants")
+        kept = (
+            "template",
+            "shared",
+            "members",
+            "generators",
+            "apart",
+            "retreats",
+            "parted",
+            "carried",
+            "settings",
+            "variants",
+        )
         return {"_modules": [], "aliases": [], **{name: self.__dict__[name] for name in kept}}  # places are found again
 
     def __setstate__(self, state: dict[str, Any]) -> None:
