@@ -183,19 +183,9 @@ class Slots:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = (
-            "template",
-            "shared",
-            "members",
-            "generators",
-            "apart",
-            "retreats",
-            "parted",
-            "carried",
-            "settings",
-            "variants",
-        )
-        return {"_modules": [], "aliases": [], **{name: self.__dict__[name] for name in kept}}  # places are found again
+        names = "template shared members generators apart retreats parted carried settings variants"
+        kept = {name: self.__dict__[name] for name in names.split()}
+        return {"_modules": [], "aliases": [], **kept}  # places are found again
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.RLock(), raised=Raised())
