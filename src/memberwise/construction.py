@@ -63,7 +63,8 @@ def stack(
         gather(models)  # raises
     count = len(models) if isinstance(models, Sized) else None
     models = Examples(example_inputs, example_kwargs).materialised(models)
-    gathered = gather(_noted(models, attributes), shared=shared, for_stack=True, count=count, stacklevel=2)
+    noted = _noted(models, attributes)
+    gathered = gather(noted, shared=shared, for_stack=True, count=count, caller="stack", stacklevel=2)
     return _made(gathered, attributes, stacklevel=2)
 
 
@@ -111,6 +112,7 @@ def build(
         count=len(numbers),
         device=device,
         dtype=dtype,
+        caller="build",
         stacklevel=2,
     )
     out = _made(gathered, attributes, stacklevel=2)

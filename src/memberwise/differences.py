@@ -38,7 +38,7 @@ HEADS: dict[str, tuple[str, str]] = {
     ),
     "MW103": (
         "expected all models to be the same but for the values of their parameters and buffers "
-        "(same names, shapes, .requires_grad and ties, same training/eval mode)",
+        "(same names, same shapes, same .requires_grad, same ties, same training/eval mode)",
         GROUP_THEM,
     ),
     "MW105": (
@@ -107,14 +107,14 @@ class Differences:
             for path, odd in self._odd.items()
         }
 
-    def error(self) -> MemberwiseError | None:
+    def error(self, caller: str) -> MemberwiseError | None:
         """The error that lists every difference, or None if there is none."""
         if self.fits:
             return None
         code, *others = (one for one in HEADS if one in self.lines)
         lines = [line for one in (code, *others) for line in self.lines[one]]
         expected, do = HEADS[code]
-        return build(StateError, code, f"{expected}:\n{listed(lines)}", do=do)
+        return build(StateError, code, f"{caller}: {expected}:\n{listed(lines)}", do=do)
 
     def warn(self, do: str, stacklevel: int) -> None:
         """One StackWarning that lists the settings in which members differ, if there are any."""

@@ -46,6 +46,7 @@ def gather(
     count: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    caller: str = "stack_module_state",
     stacklevel: int = 1,
 ) -> Gathered:
     """Take members one by one and stack their state; what `stack_module_state` and `stack` are made of.
@@ -58,6 +59,7 @@ def gather(
         count: M, if known beforehand though `models` is an iterator.
         device: where to put the stack; by default where the members are.
         dtype: of floating and complex tensors; by default the members' own.
+        caller: the public function whose errors these are.
         stacklevel: as in `warnings.warn`.
     """
     held = isinstance(models, list | tuple | nn.Module)
@@ -67,7 +69,7 @@ def gather(
     for model in _modules(models, count):
         gathering.take(model)
         del model  # or it would live on while the next one is made
-    return gathering.finish(stacklevel + 1)
+    return gathering.finish(caller, stacklevel + 1)
 
 
 class _Gathering:
@@ -135,13 +137,13 @@ class _Gathering:
             if name in self._columns:
                 self._columns[name].append(tensor)
 
-    def finish(self, stacklevel: int) -> Gathered:
+    def finish(self, caller: str, stacklevel: int) -> Gathered:
         """Everything as it came, or the error that lists what does not fit."""
         first = self.differences.first
         if first is None:
-            fail(StateError, "MW101", "stack_module_state: expected at least one model, got 0")
+            fail(StateError, "MW101", f"{caller}: Expected at least one model, got 0")
         self._check_sharing()
-        if error := self.differences.error():
+        if error := self.differences.error(caller):
             raise error
         self._warn(stacklevel + 1)
         params: dict[str, torch.Tensor] = {}

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrizations, parametrize
 
+import memberwise
 from memberwise.errors import KindError, MemberwiseError, StackWarning, StateError
 from memberwise.state import stack_module_state
 
@@ -85,7 +86,7 @@ def test_what_torch_refuses_is_refused_with_torch_s_type(case: str, kind) -> Non
 @pytest.mark.parametrize(
     ("make", "meaning"),
     [
-        (list, "expected at least one model, got 0"),
+        (list, "Expected at least one model, got 0"),
         (mixed_modes, "same training/eval mode"),
         (mixed_classes, "expected all models to be of the same class"),
         (mixed_requires_grad, ".requires_grad"),
@@ -505,3 +506,13 @@ def test_parameters_side_by_side_in_one_block_are_not_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         stack_module_state([make() for _ in range(2)])
+
+
+@pytest.mark.parametrize("make", [mixed_classes, mixed_modes, mixed_requires_grad, list])
+def test_the_error_names_the_function_that_was_called(make) -> None:
+    for function in (stack_module_state, memberwise.stack):
+        with pytest.raises(StateError, match=rf"^{function.__name__}: "):
+            function(make())
+    if models := make():
+        with pytest.raises(StateError, match=r"^build: "):
+            memberwise.build(iter(models).__next__, seeds=range(len(models)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -174,6 +175,21 @@ WRONG: dict[str, tuple[Callable[[Any], Any], type[Exception]]] = {
     "an error of the function": (lambda m: m(lambda x: x[10])(x3), IndexError),
     "a shape error of the function": (lambda m: m(lambda x: x @ torch.ones(7))(x3), RuntimeError),
 }
+WORDS = {
+    "randomness": "allowed values for randomness",
+    "in_dims a list": "expected `in_dims` to be int or a (potentially nested) tuple",
+    "in_dims too few": "in_dims is not compatible with the structure of `inputs`",
+    "in_dims for no tensor": "Got in_dim=0 for an input but the input is of type",
+    "in_dim out of range": "Got in_dim=2 for some input, but that input is a Tensor of dimensionality 2",
+    "no input": "got no inputs",
+    "sizes that differ": "xpected all tensors to have the same size in the mapped dimension",
+    "in_dims all None": "at least one Tensor",
+    "out_dims of another kind": "must be an int, None or a python collection of ints",
+    "out_dims too many": "not compatible",
+    "out_dims None for a member": "can not return a BatchedTensor when out_dim is None",
+    "chunk_size zero": "chunk_size should be None or greater than 0. (got 0)",
+}
+"""What a program that reads torch's errors may look for."""
 NOT_IN_TORCH = {"no member": "torch says RuntimeError, or nothing, by operation"}
 
 
@@ -181,11 +197,12 @@ NOT_IN_TORCH = {"no member": "torch says RuntimeError, or nothing, by operation"
 def test_validation(name: str) -> None:
     """The conditions are torch's, and so are the types (ours may be subclasses of them)."""
     attempt, kind = WRONG[name]
+    words = re.escape(WORDS.get(name, ""))
     if name not in NOT_IN_TORCH:
-        with pytest.raises(kind):
+        with pytest.raises(kind, match=words):
             attempt(torch.vmap)
     before = x3.clone()
-    with pytest.raises(kind):
+    with pytest.raises(kind, match=words):
         attempt(vmap)
     assert torch.equal(x3, before)
 
@@ -223,3 +240,25 @@ def test_signature_is_kept() -> None:
 
     mapped = vmap(documented)
     assert mapped.__name__ == "documented" and mapped.__doc__ == "What it says."
+
+
+@pytest.mark.parametrize("fill", ["normal_", "random_", "bernoulli_"])
+def test_same_from_a_generator_that_is_given(fill: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    fills = lambda t: getattr(t, fill)(generator=generator)  # noqa: E731 # one line, as its name says
+    out = vmap(fills, randomness="same")(torch.empty(4, 20))
+    expected = getattr(torch.empty(20), fill)(generator=torch.Generator().manual_seed(5))
+    assert torch.equal(out, expected.expand(4, 20))
+    after = torch.Generator().manual_seed(5)
+    getattr(torch.empty(20), fill)(generator=after)
+    assert torch.equal(generator.get_state(), after.get_state())
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3])
+def test_same_in_all_chunks(chunk_size: int) -> None:
+    torch.manual_seed(3)
+    out = vmap(lambda x: x + torch.rand(2), randomness="same", chunk_size=chunk_size)(torch.zeros(5, 2))
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    assert torch.equal(out, torch.rand(2).expand(5, 2))
+    assert torch.equal(after, torch.get_rng_state())

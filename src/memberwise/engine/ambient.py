@@ -51,6 +51,7 @@ class Region(DispatchMode):
         tensor_class: the member class of this nesting level.
         closures: tensors that the function was not given and that need gradients, as they were taken in.
         journal: what was overwritten of memory that outlives the call, for undo.
+        written: the member tensors of memory that outlives the call which were written with gradients on.
         depth: how many modes lie below this one; tracers come in below, too.
         running: whether the call is still under way (its backward may come later).
         lowers: whether its tensors come in lowered, see `memberwise.engine.lowering`.
@@ -72,6 +73,7 @@ class Region(DispatchMode):
         self.tensor_class = tensor_class(level)
         self.journal: list[Before] = []
         self.touched: set[int] = set()
+        self.written: list[MemberTensor] = []
         self.closures: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.running = False
         self.lowers = False
@@ -173,6 +175,7 @@ class Region(DispatchMode):
             self._global = None
         self.journal.clear()
         self.touched.clear()
+        self.written.clear()
         self._streams = None
 
 

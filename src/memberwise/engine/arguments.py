@@ -143,7 +143,7 @@ def mapped(name: str, in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         return f"vmap({name}, in_dims={in_dims}, ...)(<inputs>)"
 
     if not isinstance(in_dims, int | tuple):
-        _bad(where(), f"expected `in_dims` to be int or a (nested) tuple like the inputs, got {type(in_dims)}")
+        _bad(where(), f"expected `in_dims` to be int or a (potentially nested) tuple, got {type(in_dims)}")
     if not args and not kwargs:
         _bad(f"vmap({name})(<inputs>)", "got no inputs; a function without inputs cannot be mapped")
     given: list[Any] = []
@@ -155,7 +155,7 @@ def mapped(name: str, in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         counts.append(len(given) - before)
     dims = broadcast_dims(in_dims, args, counts)
     if dims is None:
-        _bad(where(), f"in_dims is not compatible with the structure of the inputs, which is {shapes}")
+        _bad(where(), f"in_dims is not compatible with the structure of `inputs`, which is {shapes}")
     kwargs_shape = flatten(kwargs, given) if kwargs else None
     dims += [None] * (len(given) - len(dims))
     leaves = given.copy()
@@ -209,11 +209,11 @@ def _check_dim(where: Callable[[], str], place: int, leaf: Any, dim: Any) -> int
             _bad(where(), f"got in_dim={dim} for a stack, whose members are at 0")
         return 0
     if not isinstance(leaf, torch.Tensor):
-        _bad(where(), f"got in_dim={dim} for an input of type {type(leaf)}, which is no Tensor; use None for it")
+        _bad(where(), f"Got in_dim={dim} for an input but the input is of type {type(leaf)}; use None for it")
     if not -leaf.ndim <= dim < leaf.ndim:
         _bad(
             where(),
-            f"got in_dim={dim} for a Tensor of dimensionality {leaf.ndim}, "
+            f"Got in_dim={dim} for some input, but that input is a Tensor of dimensionality {leaf.ndim}, "
             f"so expected in_dim to satisfy -{leaf.ndim} <= in_dim < {leaf.ndim}",
         )
     return dim % leaf.ndim

@@ -23,7 +23,9 @@ from memberwise.engine.parted import Place, apart, memory_of, signature_of
 from memberwise.engine.parting import in_parts, parts
 from memberwise.engine.signals import Retreat, Unlowered
 from memberwise.engine.slots import Slots
+from memberwise.engine.written import hand_over
 from memberwise.errors import EngineError, MemberwiseError, fail
+from memberwise.generators import global_generators, restoring
 
 
 @uncompiled
@@ -113,7 +115,9 @@ def _run_parts(
 
     def run_part(own: Arguments, members: Sequence[int]) -> Any:
         streams = None if generators is None else [generators[i] for i in members]
-        return _run_chunk(func, own, out_dims, mode, streams)
+        alike = mode == "same" and members is not found[-1].members  # what the first part draws, the others draw too
+        with restoring(global_generators() if alike else []):
+            return _run_chunk(func, own, out_dims, mode, streams)
 
     return in_parts(run_part, found, arguments, out_dims, _name(func))
 
@@ -190,6 +194,8 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
             if functions:
                 leave_functions()
             again.local.regions = outer
+        if region.written:
+            hand_over(region)
         result = outputs(out, out_dims, region, _name(func))
         for slots, swap in swaps:
             slots.leave(swap, region)

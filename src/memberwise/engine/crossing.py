@@ -107,11 +107,8 @@ def _inside(tensor: torch.Tensor, batched: bool, region: Region) -> MemberTensor
     if tensor.layout is not torch.strided:
         what = f"an input with a member axis has layout {tensor.layout}; only strided tensors can be stacked"
         fail(EngineError, "MW204", what, do="Pass it dense, or share it (in_dims=None)")
-    member = wrap(tensor, region)
+    member = wrap(tensor, region, tensor.storage_offset() or None)
     member._outside = True
-    offset = tensor.storage_offset()
-    if offset:
-        member._origin = offset
     return member
 
 

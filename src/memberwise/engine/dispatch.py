@@ -24,8 +24,8 @@ from memberwise.engine.tensor import MemberTensor, wrap, wrap_contiguous, wrap_u
 
 def on_dispatch(func: Any, args: Any, kwargs: Any, region: Region | None = None) -> Any:
     """Entry from `__torch_dispatch__`: of a region's mode (all operations inside), or of a member tensor."""
-    if func in _MATERIAL and isinstance((*args, None)[0], torch.Tensor | list):
-        func = _MATERIAL[func]
+    if func in _AT_THE_DOOR and args:
+        func, args = _AT_THE_DOOR[func](func, args)
     if region is not None and mode_depth() > region.depth:
         part_ways(region, "a tracer inside the call would take member tensors for constants")
     op = describe(func)
@@ -117,6 +117,30 @@ _MATERIAL = {
     torch.ops.aten._neg_view.default: torch.ops.aten.neg.default,
 }
 """Lazy results, and the same with memory: below dispatch the keys that would make them real are off."""
+
+_OFFSETS = {
+    torch.ops.aten.as_strided.default: 3,
+    torch.ops.aten.as_strided_copy.default: 3,
+    torch.ops.aten.as_strided_scatter.default: 4,
+}
+"""Where an operation takes a place in the storage of its first argument."""
+
+
+def _with_memory(func: Any, args: Any) -> tuple[Any, Any]:
+    return (_MATERIAL[func] if isinstance(args[0], torch.Tensor | list) else func), args
+
+
+def _in_the_stack(func: Any, args: Any) -> tuple[Any, Any]:
+    """The place that a member tensor shows, as the place in the stacked tensor's storage."""
+    place, member = _OFFSETS[func], args[0]
+    if len(args) <= place or args[place] is None or not isinstance(member, MemberTensor):
+        return func, args
+    begin = member._inner.storage_offset() - member.storage_offset()
+    return func, (*args[:place], args[place] + begin, *args[place + 1 :])
+
+
+_AT_THE_DOOR: dict[Any, Any] = {**dict.fromkeys(_MATERIAL, _with_memory), **dict.fromkeys(_OFFSETS, _in_the_stack)}
+"""What an operation is changed into before anything else."""
 
 
 class Call:
@@ -291,6 +315,8 @@ class Call:
             if target._inner.is_inference() and not torch.is_inference_mode_enabled():
                 part_ways(region, f"{self.op.name} writes an inference tensor outside of inference mode")
             region.keep(target._inner, target._root)
+            if torch.is_grad_enabled() and target.is_floating_point() | target.is_complex():
+                region.written.append(target)
 
     def _refuse_shared_write(self, region: Region) -> None:
         part_ways(region, f"{self.op.name} writes a member's value into a tensor that all members share")

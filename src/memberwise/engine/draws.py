@@ -53,11 +53,13 @@ def draw(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> 
 
 
 def _alike(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> tuple[Any, Any]:
-    """randomness="same": every member draws from the same point of the global stream."""
+    """randomness="same": every member draws from the same point of the global stream, or of the one it is given."""
+    given = kwargs.get("generator")
+    drawn_from = global_generators() if given is None else [given]
     outs = []
     for i in range(region.batch_size):
         own = [member_slice(value, dim, i) for value, dim in zip(values, dims, strict=True)]
-        with restoring(global_generators() if i < region.batch_size - 1 else []):
+        with restoring(drawn_from if i < region.batch_size - 1 else []):
             outs.append(op.func(*own, **kwargs))
     return stack_results(outs, op, region), 0
 

@@ -147,7 +147,7 @@ def draws_apart(op: Operation, region: Region, batched: bool, values: Any, kwarg
         fail(
             EngineError,
             "MW202",
-            f"vmap: called random operation {op.name} while in randomness error mode",
+            f"vmap: called random operation while in randomness error mode: {op.name}",
             do="Pass randomness='different' or 'same', or one generator a member (generators=)",
         )
     region.keep_streams()

@@ -45,7 +45,6 @@ def promote(member: MemberTensor) -> None:
         source = memory if seen.dtype == memory.dtype else memory.view(seen.dtype)
         alias._inner = source.as_strided((size, *seen.shape), (source.stride(0), *seen.stride()), seen.storage_offset())
         alias._batched = True
-        alias._origin = 0
 
 
 def count_write(member: MemberTensor) -> None:

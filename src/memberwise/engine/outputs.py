@@ -13,6 +13,7 @@ from memberwise.engine.crossing import leave
 from memberwise.engine.layout import settle
 from memberwise.engine.tensor import MemberTensor
 from memberwise.engine.values import is_own
+from memberwise.engine.written import from_outside
 from memberwise.errors import ArgumentError, fail
 from memberwise.trees import tree_leaves, tree_map
 
@@ -38,7 +39,9 @@ def _leaf(leaf: Any, dim: int | None, region: Region, name: str) -> Any:
         if isinstance(leaf, MemberTensor) and leaf._batched:
             bad(f"vmap({name}, ...): `{name}` can not return a BatchedTensor when out_dim is None")
         return leave(leaf, region)[0] if inside else leaf
-    stacked = leave(leaf, region) if inside else leaf.expand(region.batch_size, *leaf.shape)
+    stacked = from_outside(leaf) if isinstance(leaf, region.tensor_class) else None
+    if stacked is None:
+        stacked = leave(leaf, region) if inside else leaf.expand(region.batch_size, *leaf.shape)
     if not -stacked.ndim <= dim < stacked.ndim:
         raise IndexError(
             f"Dimension out of range (expected to be in range of [{-stacked.ndim}, {stacked.ndim - 1}], but got {dim})"
@@ -70,7 +73,8 @@ def check_out_dims(name: str, out_dims: Any) -> None:
     """Refuse out_dims that are neither ints nor None, before anything runs."""
     for dim in (out_dims,) if type(out_dims) is int else tree_leaves(out_dims):
         if not (dim is None or isinstance(dim, int)):
-            bad(f"vmap({name}, ..., out_dims={out_dims}): `out_dims` must be an int, None or a structure of ints")
+            what = "`out_dims` must be an int, None or a python collection of ints"
+            bad(f"vmap({name}, ..., out_dims={out_dims}): {what}")
 
 
 def bad(what: str) -> Any:

@@ -354,6 +354,6 @@ class _RefuseDraws(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags and draws(describe(func), args, kwargs or {}):
-            what = f"vmap: called random operation {func} while in randomness error mode"
+            what = f"vmap: called random operation while in randomness error mode: {func}"
             fail(EngineError, "MW202", what, do="Pass randomness='different' or 'same', or generators=")
         return func(*args, **(kwargs or {}))

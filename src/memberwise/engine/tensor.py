@@ -31,7 +31,6 @@ class MemberTensor(torch.Tensor):
         _family: all member tensors on the same memory, while that memory may have to be replaced.
         _root: the inner tensor of what this is a view of.
         _viewed: whether a view was taken of it.
-        _origin: storage offset of `_inner` at which the member's own storage begins.
         _lowered: whether autograd follows `_inner` and not this tensor, see `memberwise.engine.lowering`.
         _bypassed: whether a layer took it while it was lowered.
     """
@@ -43,7 +42,6 @@ class MemberTensor(torch.Tensor):
     _differs = False
     _outside = False
     _family: list[Any] | None = None
-    _origin = 0
     _viewed = False
     _root: torch.Tensor | None = None
     _lowered = False
@@ -61,13 +59,14 @@ class MemberTensor(torch.Tensor):
         return f"MemberTensor(shape={tuple(self.shape)}, dtype={self.dtype}, M={self._region.batch_size}{held})"
 
 
-def wrap(inner: torch.Tensor, region: Region) -> MemberTensor:
-    """The member tensor of a stacked `(M, *s)` tensor; declares the layout of one member's slice."""
+def wrap(inner: torch.Tensor, region: Region, offset: int | None = None) -> MemberTensor:
+    """The member tensor of a stacked `(M, *s)` tensor; declares the layout of the first member's slice."""
     if inner.layout is not torch.strided:
         _refuse_layout(inner, region)
-    strides = None if inner.is_contiguous() else inner.stride()[1:]  # to spell them out costs as much as all the rest
+    plain = offset is None and inner.is_contiguous()
+    strides = None if plain else inner.stride()[1:]  # to spell them out costs as much as all the rest
     out = make_wrapper(
-        region.tensor_class, inner.shape[1:], strides, None, None, inner.dtype, torch.strided, inner.device
+        region.tensor_class, inner.shape[1:], strides, offset, None, inner.dtype, torch.strided, inner.device
     )
     out._inner = inner
     out._region = region
@@ -94,7 +93,7 @@ def wrap_view(inner: torch.Tensor, source: MemberTensor) -> MemberTensor:
     """The member tensor of a view of `source._inner`: same memory, same fate."""
     source._viewed = True
     batched = source._batched
-    offset = inner.storage_offset() - source._origin
+    offset = source.storage_offset() + inner.storage_offset() - source._inner.storage_offset()
     out = make_wrapper(
         type(source),
         inner.shape[1:] if batched else inner.shape,
@@ -112,8 +111,6 @@ def wrap_view(inner: torch.Tensor, source: MemberTensor) -> MemberTensor:
         out._batched = False
     if source._outside:
         out._outside = True
-    if source._origin:
-        out._origin = source._origin
     if source._family is not None:
         _join(out, source._family)
     return out
@@ -130,7 +127,7 @@ def wrap_unbatched(inner: torch.Tensor, region: Region, *, outside: bool = False
         region.tensor_class,
         inner.shape,
         inner.stride(),
-        None,
+        (inner.storage_offset() or None) if outside else None,
         None,
         inner.dtype,
         torch.strided,
@@ -139,7 +136,6 @@ def wrap_unbatched(inner: torch.Tensor, region: Region, *, outside: bool = False
     out._inner = inner
     out._region = region
     out._batched = False
-    out._origin = inner.storage_offset()
     if outside:
         out._outside = True
     else:

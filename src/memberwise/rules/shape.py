@@ -163,6 +163,12 @@ def as_strided(info: Any, in_dims: Any, x: torch.Tensor, size: Any, stride: Any,
     return x.as_strided((x.shape[0], *size), (x.stride(0), *stride), start), 0
 
 
+@register_rule(_aten.as_strided_copy.default)
+def as_strided_copy(info: Any, in_dims: Any, x: torch.Tensor, size: Any, stride: Any, offset: Any = None) -> Any:
+    """torch's batching has none, and one member's slice does not begin where the lone tensor does."""
+    return as_strided(info, in_dims, x, size, stride, offset)[0].clone(memory_format=torch.contiguous_format), 0
+
+
 @register_rule(_aten.new_empty_strided.default)
 def new_empty_strided(info: Any, in_dims: Any, x: torch.Tensor, size: Any, stride: Any, **kwargs: Any) -> Any:
     """Each member gets the memory that these strides ask for; torch's batching refuses some layouts."""
@@ -179,7 +185,7 @@ def as_strided_scatter(
     """torch's batching strides over the members' memory as if it were one member's: silently wrong."""
     x = expanded(x, in_dims[0], info.batch_size)
     out = torch.empty_strided(x.shape, (_extent(x), *x.stride()[1:]), dtype=x.dtype, device=x.device).copy_(x)
-    start = x.storage_offset() % max(x.stride(0), 1) if offset is None else offset
+    start = 0 if offset is None else offset - x.storage_offset()
     out.as_strided((x.shape[0], *size), (out.stride(0), *stride), start).copy_(src)
     return out, 0
 
