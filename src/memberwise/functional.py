@@ -84,6 +84,6 @@ def _refuse_unswappable(module: nn.Module) -> None:
         fail(KindError, "MW110", f"expected an nn.Module to call, got a {type(module).__name__}")
     jitted = torch.jit.ScriptModule, torch.jit.ScriptFunction
     if isinstance(module, jitted) or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]  # public
-        fail(StateError, "MW110", "jitted modules cannot be called with other parameters")
+        fail(StateError, "MW110", "functional_call can't be used with Jitted modules")
     if isinstance(module, nn.DataParallel):
-        fail(StateError, "MW110", "nn.DataParallel cannot be called with other parameters", do="Call its module")
+        fail(StateError, "MW110", "functional_call can't be used with nn.DataParallel modules", do="Call its module")

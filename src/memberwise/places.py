@@ -73,7 +73,7 @@ Entry = tuple[dict[str, Any], str, nn.Module]
 
 
 class Tree:
-    """All paths through a module.
+    """All paths through a module, but for those that lead around a circle of modules.
 
     Attributes:
         owners: each submodule by path, with a dot at its end; one that two paths lead to, by both.
@@ -86,18 +86,19 @@ class Tree:
     def __init__(self, module: nn.Module) -> None:
         self.owners: dict[str, nn.Module] = {}
         self.entries: dict[str, Entry] = {}
-        self._visit("", module)
+        self._visit("", module, frozenset())
         ids = [id(table[key]) for table, key, _ in self.entries.values() if table[key] is not None]
         self.ties = self._find_ties() if len({*ids}) < len(ids) else {}
 
-    def _visit(self, path: str, module: nn.Module) -> None:
+    def _visit(self, path: str, module: nn.Module, above: frozenset[nn.Module]) -> None:
         self.owners[path] = module
+        above |= {module}
         for table in (module._parameters, module._buffers):
             for key in table:
                 self.entries[path + key] = (table, key, module)
         for name, child in module._modules.items():
-            if child is not None:
-                self._visit(f"{path}{name}.", child)
+            if child is not None and child not in above:
+                self._visit(f"{path}{name}.", child, above)
 
     def _find_ties(self) -> dict[str, tuple[str, ...]]:
         names: dict[int, list[str]] = {}
@@ -111,12 +112,17 @@ class Tree:
             if table[key] is not None:
                 yield name, table[key]
 
-    def attribute(self, name: str) -> Attribute:
-        """The place of a name that is neither parameter nor buffer; the module need not have anything there yet."""
+    def place(self, name: str) -> Entry | Attribute:
+        """Where a name leads; the module need not have anything there yet."""
+        if name in self.entries:
+            return self.entries[name]
         path, dot, key = name.rpartition(".")
         owner = self.owners.get(path + dot)
         if owner is None:
             owner = self._by_attributes(path)
+            for table in (owner._parameters, owner._buffers):
+                if key in table:
+                    return table, key, owner  # around a circle
         if not key:
             raise KeyError(text("MW110", f"'{name}' does not end in the name of a tensor"))
         return (Computed if parametrize.is_parametrized(owner, key) else Attribute)(owner, key)
@@ -126,7 +132,7 @@ class Tree:
         owner: Any = self.owners[""]
         for step in path.split("."):
             if not hasattr(owner, step):
-                raise AttributeError(text("MW110", f"{type(owner).__name__} has no attribute '{step}' (of '{path}')"))
+                raise AttributeError(text("MW110", f"{type(owner).__name__} has no attribute `{step}` (of '{path}')"))
             owner = getattr(owner, step)
             if not isinstance(owner, nn.Module):
                 fail(KindError, "MW110", f"'{step}' of '{path}' is a {type(owner).__name__}, expected a module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any, NamedTuple
 
 import torch
@@ -40,10 +41,11 @@ class Swap:
         self._entries: dict[str, Entry] = {}
         self._attributes: dict[str, Attribute] = {}
         for name in values:
-            if name in tree.entries:
-                self._entries[name] = tree.entries[name]
+            place = tree.place(name)
+            if isinstance(place, Attribute):
+                self._attributes[name] = place
             else:
-                self._attributes[name] = tree.attribute(name)
+                self._entries[name] = place
         if not all(map(_is_valueless, values.values())):
             values = {**values, **self._rest_on_meta(values)}
         self._values = values
@@ -129,14 +131,14 @@ def _is_valueless(tensor: torch.Tensor | None) -> bool:
 def _check_tensors(values: dict[str, Any]) -> None:
     for name, value in values.items():
         if value is not None and not isinstance(value, torch.Tensor):
-            fail(KindError, "MW110", f"'{name}' is a {type(value).__name__}, expected a tensor")
+            fail(KindError, "MW110", f"'{name}': {reprlib.repr(value)} is not an instance of torch.Tensor")
 
 
 def _check_attributes(originals: dict[str, Any]) -> None:
     """Only what is a tensor, or nothing, can be swapped for a tensor."""
     for name, original in originals.items():
         if original is not None and original is not ABSENT and not isinstance(original, torch.Tensor):
-            fail(KindError, "MW110", f"attribute '{name}' is a {type(original).__name__}, expected a tensor")
+            fail(KindError, "MW110", f"attribute `{name}`: {reprlib.repr(original)} is not an instance of torch.Tensor")
 
 
 def _with_ties(tree: Tree, values: dict[str, Any]) -> dict[str, Any]:

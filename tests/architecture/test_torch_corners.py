@@ -256,6 +256,13 @@ from memberwise._torch import functions
 assert not functions.users_functions()
 memberwise.vmap(torch.sin)(torch.ones(2, requires_grad=True)).sum().backward()
 assert not functions.users_functions()
+def compiled():
+    class Compiled(torch.autograd.Function):  # as torch.compile makes it: its backward names itself
+        __module__ = "torch._functorch.compiled"
+        @staticmethod
+        def backward(ctx, grad):
+            return Compiled
+compiled()
 class Double(torch.autograd.Function):
     forward = staticmethod(lambda ctx, x: x * 2)
 assert functions.users_functions()

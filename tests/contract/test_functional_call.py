@@ -242,12 +242,12 @@ REFUSED: dict[Callable[..., None], tuple[type[Exception], str]] = {
     call_an_iterator_of_dicts: (ArgumentError, "expected a dict or a sequence of dicts, got a list_iterator"),
     call_no_dicts: (ArgumentError, "to be dicts, got dict, int"),
     call_repeated: (ArgumentError, "['foo'] appeared in multiple dictionaries"),
-    call_no_tensor: (KindError, "'foo' is a float, expected a tensor"),
-    call_no_tensor_attribute: (KindError, "attribute 'text' is a str, expected a tensor"),
-    call_no_submodule: (AttributeError, "Foo has no attribute 'inner' (of 'inner')"),
+    call_no_tensor: (KindError, "'foo': 3.0 is not an instance of torch.Tensor"),
+    call_no_tensor_attribute: (KindError, "attribute `text`: 'text' is not an instance of torch.Tensor"),
+    call_no_submodule: (AttributeError, "Foo has no attribute `inner` (of 'inner')"),
     call_through_a_tensor: (KindError, "'plain' of 'plain' is a Tensor, expected a module"),
     call_no_name: (KeyError, "'inner.' does not end in the name of a tensor"),
-    call_scripted: (StateError, "jitted modules"),
+    call_scripted: (StateError, "Jitted modules"),
     call_data_parallel: (StateError, "nn.DataParallel"),
 }
 
@@ -659,3 +659,15 @@ def test_torch_compile_takes_it_in_one_graph(build) -> None:
         torch.autograd.grad(out.sum(), given.values()), torch.autograd.grad(expected.sum(), given.values()), strict=True
     ):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_modules_in_a_circle(tie_weights: bool) -> None:
+    """With ties, torch goes around the circle without end."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    model[0].parent = model
+    given = {"0.parent.0.weight": torch.zeros(2, 2), "0.bias": torch.ones(2)}
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    out = functional_call(model, given, torch.ones(2), tie_weights=tie_weights)
+    assert torch.equal(out, torch.ones(2).tanh())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.named_parameters())

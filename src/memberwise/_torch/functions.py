@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import FunctionType
 from typing import Any
 
@@ -46,10 +46,19 @@ def _registered_by(cls: type[Function]) -> str:
     held = {"orig_backward": inspect.getattr_static(cls, "backward", None)}  # one for lists of tensors wraps another
     while "orig_backward" in held:
         backward = inspect.unwrap(getattr(held["orig_backward"], "__func__", held["orig_backward"]))
-        held = inspect.getclosurevars(backward).nonlocals if isinstance(backward, FunctionType) else {}
+        held = _held(backward) if isinstance(backward, FunctionType) else {}
     info = held.get("info")
     function = getattr(info, "_init_fn", None) or getattr(info, "_backward_fn", None)
     return getattr(function, "__module__", None) or ""
+
+
+def _held(function: FunctionType) -> dict[str, Any]:
+    """What a function has in its closure; a class that is being made is not in it yet."""
+    held: dict[str, Any] = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):
+            held[name] = cell.cell_contents
+    return held
 
 
 def _note(cls: type[Function], **kwargs: Any) -> None:
