@@ -27,6 +27,7 @@ CODES: dict[str, str] = {
     "MW209": "a call with random streams of its own draws in a backward pass",
     "MW210": "an argument of a layer was written before a second derivative was taken",
     "MW211": "a rule raised what no member raises alone",
+    "MW212": "a call writes to a leaf that needs a gradient",
     "MW301": "a member, or the stack, cannot be copied",
     "MW302": "build() was called with seeds it cannot use",
     "MW303": "random streams do not fit the stack",

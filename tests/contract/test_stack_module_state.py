@@ -508,7 +508,7 @@ def test_parameters_side_by_side_in_one_block_are_not_warned_of() -> None:
         stack_module_state([make() for _ in range(2)])
 
 
-@pytest.mark.parametrize("make", [mixed_classes, mixed_modes, mixed_requires_grad, list])
+@pytest.mark.parametrize("make", [mixed_classes, mixed_requires_grad, list])
 def test_the_error_names_the_function_that_was_called(make) -> None:
     for function in (stack_module_state, memberwise.stack):
         with pytest.raises(StateError, match=rf"^{function.__name__}: "):

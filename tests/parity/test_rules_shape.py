@@ -42,6 +42,8 @@ CASES = [
     case(_aten.roll.default, of(2, 3), [1, -1], [0, -1]),
     case(_aten.roll.default, of(2, 3), [2], name="as one row"),
     case(_aten.roll.default, of(), [2], name="a number"),
+    case(_aten.tril.default, of(3, 4), -1),
+    case(_aten.triu.default, of(2, 3, 4), 1),
     case(_aten.new_zeros.default, of(2, 3), [4, 5]),
     case(_aten.new_ones.default, of(2, 3), [4, 5], dtype=torch.int32, dtypes=()),
     case(_aten.new_full.default, of(2, 3), [4], 2.5),

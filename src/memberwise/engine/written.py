@@ -17,6 +17,7 @@ from memberwise._torch.versions import set_versions, version
 from memberwise.engine.crossing import Enter, enter, leave
 from memberwise.engine.signals import part_ways
 from memberwise.engine.tensor import MemberTensor
+from memberwise.errors import EngineError, fail
 
 if TYPE_CHECKING:
     from memberwise.engine.ambient import Region
@@ -54,6 +55,10 @@ def hand_over(region: Region) -> None:
             if functorch_active() or member._root is not None:
                 part_ways(region, "a tensor from outside was written with a gradient")
             outside = member._inner
+            if outside.is_leaf and outside.requires_grad:
+                what = "a leaf Variable that requires grad is being used in an in-place operation"
+                shape = f"the tensor of shape {tuple(member.shape)} (of one member)"
+                fail(EngineError, "MW212", f"{what}: {shape}", do="Write under torch.no_grad(), or to a copy")
             count = version(outside)
             _written(outside, member)
             set_versions([outside], [count])  # the write itself was counted when it was made
@@ -71,15 +76,27 @@ def _is_as_entered(member: MemberTensor) -> bool:
 def from_outside(member: MemberTensor) -> torch.Tensor | None:
     """What stands outside for a tensor that came from there, itself or a view of it; None where there is no such thing.
 
-    A view that has a graph is a copy, as the members' results put together are:
-    a node of ours cannot lie in a view that may be written, and torch's own would not have the member's hooks.
+    A view that has a graph is a copy, as the members' results put together are: a node of ours cannot lie in a view
+    that may be written, and torch's own would not have the member's hooks.
     """
-    if not member._outside or not member._batched or functorch_active():
+    if not member._outside or functorch_active():
         return None
+    if not member._batched:
+        return None if member.requires_grad else _of_all(member)
     if member._root is None and _has_the_graph_outside(member):
         return member._inner
     if member.requires_grad:
         return leave(member, member._region).clone()
+    return _seen(member)
+
+
+def _of_all(member: MemberTensor) -> torch.Tensor | None:
+    """A view of what all members share, for each of them."""
+    seen = None if member._root is None else _seen(member)
+    return None if seen is None else seen.expand(member._region.batch_size, *seen.shape)
+
+
+def _seen(member: MemberTensor) -> torch.Tensor | None:
     if member._root is None or isinstance(member._root, MemberTensor) or not _shows(member._root, member._inner):
         return None  # the outer call finds it, when it leaves that
     return _view(member._root.detach() if member._root.requires_grad else member._root, member._inner)

@@ -46,14 +46,14 @@ class _Along:
     def __call__(self, info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
         x, dim = given["self"], given["dim"]
-        if x.ndim == 1:
-            return self._of_numbers(given), 0
-        if dim is None and not self.takes_list:
-            return self._of_all(given), 0
         if self.takes_list:
             given["dim"] = shift_all(dim, x.ndim - 1) if dim else list(range(1, x.ndim))
-        else:
+        elif dim is not None:
             given["dim"] = shifted(dim, x.ndim - 1)
+        if x.ndim == 1:
+            return self._of_numbers(given), 0
+        if given["dim"] is None:
+            return self._of_all(given), 0
         return self._call(given), 0
 
     def _of_all(self, given: dict[str, Any]) -> Any:

@@ -34,7 +34,15 @@ def expanded(value: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
 
 
 def shifted(dim: int, ndim: int) -> int:
-    """A member's dimension as one of the stacked tensor's; `ndim` is the member's."""
+    """A member's dimension as one of the stacked tensor's; `ndim` is the member's.
+
+    >>> shifted(-1, 3), shifted(-1, 0)
+    (3, 1)
+    """
+    count = ndim or 1  # a number has one dimension, which is none
+    if not -count <= dim < count:
+        expected = f"expected to be in range of [{-count}, {count - 1}], but got {dim}"
+        raise IndexError(f"Dimension out of range ({expected})")
     return dim % ndim + 1 if ndim else 1
 
 

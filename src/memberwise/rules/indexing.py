@@ -20,10 +20,15 @@ def _index_fill(info: Any, in_dims: Any, x: torch.Tensor, dim: int, index: torch
     ndim = x.ndim - 1
     count = x.shape[shifted(dim, ndim)] if ndim else 1
     rows = torch.zeros(x.shape[0], count, dtype=torch.bool, device=x.device)
-    rows.scatter_(1, index.reshape(x.shape[0], -1) % count, True)
+    rows.scatter_(1, _from_the_start(index.reshape(x.shape[0], -1), count), True)
     mask = rows.view(-1, *(count if k == dim % ndim else 1 for k in range(ndim))) if ndim else rows[:, 0]
     own = value.view(-1, *(1,) * ndim) if in_dims[3] == 0 else value
     return torch.where(mask, own.to(x.dtype), x), 0
+
+
+def _from_the_start(index: torch.Tensor, count: int) -> torch.Tensor:
+    """Places counted from the start; what is out of range stays so, and is refused."""
+    return torch.where(index < 0, index + count, index)
 
 
 register_rule(_aten.index_fill.int_Tensor, _index_fill)

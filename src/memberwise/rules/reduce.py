@@ -16,10 +16,10 @@ _aten = torch.ops.aten
 def _over_dims(call: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Any, x: torch.Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
         ndim = x.ndim - 1
+        dims = shift_all(dim, ndim) if dim else list(range(1, x.ndim))
         if ndim == 0:
             return call(x.unsqueeze(1), [1], False, *args[1:], **kwargs), 0
-        dims = range(1, x.ndim) if dim is None or len(dim) == 0 else shift_all(dim, ndim)
-        return call(x, list(dims), *args, **kwargs), 0
+        return call(x, dims, *args, **kwargs), 0
 
     return rule
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from memberwise.engine.signals import Decline
 from memberwise.rules.axis import expanded, shift_all, shifted
 from memberwise.rules.registry import register_rule
 
@@ -56,6 +57,8 @@ def _unsqueezed(x: torch.Tensor, count: int) -> torch.Tensor:
 @register_rule(_aten.t.default)
 def t(info: Any, in_dims: Any, x: torch.Tensor) -> Any:
     """A vector is its own transpose."""
+    if x.ndim > 3:
+        return Decline("it takes a matrix", by_member=True)
     return (x.transpose(1, 2) if x.ndim == 3 else x.view_as(x)), 0
 
 
@@ -63,7 +66,8 @@ def t(info: Any, in_dims: Any, x: torch.Tensor) -> Any:
 def transpose(info: Any, in_dims: Any, x: torch.Tensor, dim0: int, dim1: int) -> Any:
     """One dimension further."""
     ndim = x.ndim - 1
-    return (x.transpose(shifted(dim0, ndim), shifted(dim1, ndim)) if ndim else x.view_as(x)), 0
+    dim0, dim1 = shifted(dim0, ndim), shifted(dim1, ndim)
+    return (x.transpose(dim0, dim1) if ndim else x.view_as(x)), 0
 
 
 @register_rule(_aten.permute.default)
@@ -87,13 +91,14 @@ def slice_(info: Any, in_dims: Any, x: torch.Tensor, dim: int = 0, *bounds: Any,
 @register_rule(_aten.unsqueeze.default)
 def unsqueeze(info: Any, in_dims: Any, x: torch.Tensor, dim: int) -> Any:
     """One dimension further; the end counts one more than there are."""
-    return x.unsqueeze(dim % x.ndim + 1), 0
+    return x.unsqueeze(shifted(dim, x.ndim)), 0
 
 
 @register_rule(_aten.squeeze.dim)
 def squeeze(info: Any, in_dims: Any, x: torch.Tensor, dim: int) -> Any:
     """One dimension further."""
-    return (x.squeeze(shifted(dim, x.ndim - 1)) if x.ndim > 1 else x.view_as(x)), 0
+    dim = shifted(dim, x.ndim - 1)
+    return (x.squeeze(dim) if x.ndim > 1 else x.view_as(x)), 0
 
 
 @register_rule(_aten.detach.default)
@@ -142,7 +147,7 @@ def cat(info: Any, in_dims: Any, tensors: Any, dim: int = 0) -> Any:
 def stack(info: Any, in_dims: Any, tensors: Any, dim: int = 0) -> Any:
     """One dimension further; shared tensors are expanded."""
     parts = [expanded(t, at, info.batch_size) for t, at in zip(tensors, in_dims[0], strict=True)]
-    return torch.stack(parts, dim % parts[0].ndim + 1), 0
+    return torch.stack(parts, shifted(dim, parts[0].ndim)), 0
 
 
 @register_rule(_aten.roll.default)
@@ -193,6 +198,18 @@ def as_strided_scatter(
 def _extent(x: torch.Tensor) -> int:
     """Elements from one member's first to its last."""
     return 1 + sum((n - 1) * step for n, step in zip(x.shape[1:], x.stride()[1:], strict=True)) if x.numel() else 0
+
+
+def _of_a_matrix(call: Any) -> Any:
+    def rule(info: Any, in_dims: Any, x: torch.Tensor, diagonal: int = 0) -> Any:
+        """torch's batching takes the members of vectors for the rows of one matrix."""
+        return (call(x, diagonal), 0) if x.ndim > 2 else Decline("it takes a matrix", by_member=True)
+
+    return rule
+
+
+for _triangle in (_aten.tril.default, _aten.triu.default):
+    register_rule(_triangle, _of_a_matrix(_triangle))
 
 
 def _new(name: str) -> Any:

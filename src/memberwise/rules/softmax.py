@@ -29,9 +29,9 @@ def turned(x: torch.Tensor) -> torch.Tensor:
 
 def _forward(call: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Any, x: torch.Tensor, dim: int, to_float: bool) -> Any:
+        dim = shifted(dim, x.ndim - 1)
         if x.ndim == 1:
             return call(x.unsqueeze(1), 1, to_float).squeeze(1), 0
-        dim = shifted(dim, x.ndim - 1)
         if is_short(x, dim):
             return call(turned(x), dim - 1, to_float).transpose(-1, -2), 0
         return call(x, dim, to_float), 0
