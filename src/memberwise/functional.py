@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,27 @@ from torch import nn
 from memberwise._torch.checkpoint import recomputed_inside
 from memberwise.errors import ArgumentError, KindError, StateError, fail
 from memberwise.swap import Swap, Tensors
+
+
+class _Local(threading.local):
+    watchers: tuple[Watcher, ...] = ()
+
+
+_local = _Local()
+
+
+class Watcher:
+    """While active in this thread, is shown each module before it is called with other tensors."""
+
+    def __enter__(self) -> None:
+        self._others = _local.watchers
+        _local.watchers = (*self._others, self)
+
+    def __exit__(self, *exc_info: object) -> None:
+        _local.watchers = self._others
+
+    def notice(self, module: nn.Module) -> None:
+        raise NotImplementedError
 
 
 def functional_call(
@@ -52,6 +74,8 @@ def functional_call(
     """
     dicts = _dicts(parameter_and_buffer_dicts)
     _refuse_unswappable(module)
+    for watcher in _local.watchers:
+        watcher.notice(module)
     if args is None:
         args = ()
     elif not isinstance(args, tuple):

@@ -93,3 +93,31 @@ def test_parameters_require_gradients_where_the_caller_has_them_off(parts: bool)
         out = stack(memberwise.each(x))
         assert_equal(out, torch.stack([model(own) for model, own in zip(models, x, strict=True)]))
         assert not out.requires_grad
+
+
+class Keeping(nn.Module):
+    """Leaves a tensor and a count in attributes, and asks for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3))
+        self.kept: torch.Tensor | None = None
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = x * self.weight if self.kept is None else x * self.weight + self.kept
+        self.calls += 1
+        self.kept = out.detach() * self.calls
+        return out * 2 if differs(out) else out * 3
+
+
+def test_a_template_of_a_mapped_function_keeps_what_each_member_leaves() -> None:
+    """The half-done run left a member tensor in the attribute, and each member found its neighbour's."""
+    models = [Keeping().double() for _ in range(4)]
+    params, _ = memberwise.stack_module_state(models)
+    template = Keeping().double()
+    run = memberwise.vmap(lambda p, x: memberwise.functional_call(template, p, x), (0, None))
+    x = numbers(2, 3, grad=False)
+    for call in range(3):
+        assert_equal(run(params, x).detach(), torch.stack([model(x).detach() for model in models]))
+        assert template.calls == call + 1

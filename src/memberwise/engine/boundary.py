@@ -23,6 +23,7 @@ from memberwise.engine.parted import Place, apart, memory_of, signature_of
 from memberwise.engine.parting import in_parts, parts
 from memberwise.engine.signals import Retreat, Unlowered
 from memberwise.engine.slots import Slots
+from memberwise.engine.templates import Before
 from memberwise.engine.written import hand_over
 from memberwise.errors import EngineError, MemberwiseError, fail
 from memberwise.generators import global_generators, restoring
@@ -175,6 +176,7 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
     """All members at once; on a Retreat, everything it changed is undone."""
     outer = again.local.regions
     inside, swaps = arguments.enter(region)
+    templates = None if arguments.slots else Before()
     region.start()
     again.local.regions = (*outer, region)
     functions = users_functions()
@@ -185,7 +187,8 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
     try:
         try:
             by_members = functools.partial(_by_members, swaps, region)
-            with by_members(), recomputed_inside(again.Surroundings(region, swaps, by_members)):
+            surroundings = again.Surroundings(region, swaps, by_members)
+            with by_members(), recomputed_inside(surroundings), templates or _NOTHING:
                 args, kwargs = arguments.build(inside)
                 out = func(*args, **kwargs)
             region.check_global_streams(at_the_end=True)
@@ -200,14 +203,14 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
         for slots, swap in swaps:
             slots.leave(swap, region)
     except Retreat:
-        retreat.undo(region, swaps)
+        retreat.undo(region, swaps, templates)
         raise
     except StopRecomputation:  # a checkpoint around this call has what it needs: what was written stays, as alone
         for slots, swap in swaps:
             slots.leave(swap, region)
         raise
     except Exception as error:
-        retreat.undo(region, swaps)
+        retreat.undo(region, swaps, templates)
         if isinstance(error, MemberwiseError) or retreat.is_lone(error):
             raise
         if region.lowers:

@@ -27,6 +27,7 @@ from memberwise.engine.operation import describe
 from memberwise.engine.rows import Rows
 from memberwise.engine.signals import Retreat
 from memberwise.engine.slots import MODULE_ATTRIBUTES, Slots, Swap, table_of
+from memberwise.engine.templates import Before, Turns
 from memberwise.engine.tensor import MemberTensor
 from memberwise.engine.turns import Showing, one_by_one
 from memberwise.engine.values import is_own
@@ -37,8 +38,10 @@ from memberwise.trees import tree_leaves, tree_map
 Swaps = list[tuple[Slots, Swap]]
 
 
-def undo(region: Region, swaps: Swaps) -> None:
+def undo(region: Region, swaps: Swaps, templates: Before | None) -> None:
     """Put back what the run wrote: module places and attributes, memory that outlives it, random streams."""
+    if templates is not None:
+        templates.put_back()
     for slots, swap in swaps:
         slots.restore(swap)
     region.put_back()
@@ -252,7 +255,10 @@ def by_members(func: Callable[..., Any], arguments: Arguments, out_dims: Any, re
             for k, leaf in enumerate(arguments.leaves)
             if isinstance(leaf, Slots)
         }
+        templates = None if solos else Turns(region, rows, stack)
         for i in range(region.batch_size):
+            if templates is not None:
+                templates.show(i)
             own = [
                 leaf if column is None else column[i] for leaf, column in zip(arguments.leaves, columns, strict=True)
             ]
@@ -262,8 +268,9 @@ def by_members(func: Callable[..., Any], arguments: Arguments, out_dims: Any, re
             args, kwargs = arguments.build(own)
             with rows.turn(), _stream(region, i, anew=True), recomputed_inside(_again(solos.values(), i)):
                 outs.append(func(*args, **kwargs))
-            for solo in solos.values():
-                solo.collect()
+            for shown in (*solos.values(), templates):
+                if shown is not None:
+                    shown.collect()
     rows.write_back()
     if trace.active is not None:
         trace.active.note(trace.name_of(func), "retreat", reason, trace.clock() - start)
