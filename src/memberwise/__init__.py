@@ -2,10 +2,11 @@
 
 from memberwise import engine, optim, rules, testing
 from memberwise.capture import compile
-from memberwise.construction import build, stack
+from memberwise.construction import build, group, stack
 from memberwise.engine.boundary import vmap
 from memberwise.errors import MemberwiseError, StackWarning
 from memberwise.functional import functional_call
+from memberwise.grouped import Group
 from memberwise.members import select
 from memberwise.module import Stack
 from memberwise.optim import clip_grad_norm_
@@ -16,6 +17,7 @@ from memberwise.state import stack_module_state, unstack_module_state
 from memberwise.trees import each
 
 __all__ = [
+    "Group",
     "MemberwiseError",
     "Stack",
     "StackWarning",
@@ -26,6 +28,7 @@ __all__ = [
     "engine",
     "explain",
     "functional_call",
+    "group",
     "optim",
     "register_rule",
     "rules",

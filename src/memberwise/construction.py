@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from memberwise.attributes import Attributes
-from memberwise.differences import listed, warn_of_settings
+from memberwise.differences import kind_of, listed, warn_of_settings
 from memberwise.differing import settle
-from memberwise.errors import ArgumentError, StackWarning, fail, text
-from memberwise.gathering import Gathered, gather
+from memberwise.errors import ArgumentError, StackWarning, StateError, fail, text
+from memberwise.form import form_of, state
+from memberwise.gathering import Gathered, checked, gather, modules
 from memberwise.generators import make_generators
+from memberwise.grouped import Group
 from memberwise.lazy import Examples
 from memberwise.module import Stack
 from memberwise.names import tied
@@ -59,13 +61,63 @@ def stack(
     """
     shared = (shared,) if isinstance(shared, str) else tuple(shared)
     attributes = Attributes()
-    if not isinstance(models, Iterable) or isinstance(models, nn.ModuleDict | Mapping):
-        gather(models)  # raises
+    checked(models)
     count = len(models) if isinstance(models, Sized) else None
     models = Examples(example_inputs, example_kwargs).materialised(models)
     noted = _noted(models, attributes)
     gathered = gather(noted, shared=shared, for_stack=True, count=count, caller="stack", stacklevel=2)
     return _made(gathered, attributes, stacklevel=2)
+
+
+def group(
+    models: Iterable[nn.Module],
+    *,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Group:
+    """Group M live models of any architectures into one module, of as few stacks as can run as one.
+
+    Models are in one stack if they have one class, and in it the same classes of submodules, names, shapes, dtypes,
+    ties and flags; numbers (dropout rates, eps) and modes may differ. The models stay as they are.
+
+    Args:
+        models: a sequence, `nn.ModuleList` or iterator of modules.
+        example_inputs, example_kwargs: for lazy models, as in `stack`.
+
+    Raises:
+        StateError: (a RuntimeError) there is no model [MW101], a lazy module has no values yet [MW104], state is one
+            object in several models [MW105], a model cannot be copied [MW301].
+        KindError: (a TypeError) something is not a module [MW108].
+
+    >>> import torch
+    >>> grouped = group([nn.Linear(3, 2), nn.Linear(3, 1), nn.Linear(3, 2)])
+    >>> [tuple(out.shape) for out in grouped(torch.zeros(5, 3))], len(grouped.stacks)
+    ([(5, 2), (5, 1), (5, 2)], 2)
+    """
+    kinds: dict[Any, list[int]] = {}
+    found: list[nn.Module] = []
+    for model in modules(Examples(example_inputs, example_kwargs).materialised(checked(models)), None):
+        kinds.setdefault(kind_of(form_of(model)), []).append(len(found))
+        found.append(model)
+    if not found:
+        fail(StateError, "MW101", "group: expected at least one model, got 0")
+    _check_apart(found, [*kinds.values()])
+    return Group([stack([found[member] for member in members]) for members in kinds.values()], kinds.values())
+
+
+def _check_apart(models: Sequence[nn.Module], kinds: Sequence[Sequence[int]]) -> None:
+    """No stack holds what another holds too: it would be two copies."""
+    owners: dict[int, tuple[int, int]] = {}
+    lines = []
+    for kind, members in enumerate(kinds):
+        for member in members:
+            for name, tensor in state(models[member]).items():
+                other, of = owners.setdefault(id(tensor), (kind, member))
+                if other != kind:
+                    lines.append(f"'{name}' of member {member} is one object with a tensor of member {of}")
+    if lines:
+        what = f"expected models of different architectures to have nothing in common:\n{listed(lines)}"
+        fail(StateError, "MW105", what, do="Give each its own copy (copy.deepcopy)")
 
 
 def build(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from numbers import Number
 from typing import Any
 
 from memberwise.errors import MemberwiseError, StackWarning, StateError, build, text
 from memberwise.form import Form, TensorForm
+from memberwise.settings import Named
 
 Comparison = Callable[[Form, Form], Iterator[str]]
 
@@ -29,7 +31,7 @@ ASPECTS: tuple[tuple[str, str, str], ...] = (
 
 MODES = {True: "training", False: "eval"}
 
-GROUP_THEM = "Stack models of one architecture and in one mode together; group the others apart"
+GROUP_THEM = "group(models) makes a stack of each kind and runs them as one; or bring the models into line"
 HEADS: dict[str, tuple[str, str]] = {
     "MW102": ("expected all models to be of the same class", GROUP_THEM),
     "MW104": (
@@ -172,6 +174,20 @@ def _short(value: str) -> str:
 def _lazy(form: Form) -> Iterator[tuple[str, str]]:
     for name in form.lazy():
         yield "MW104", f"{form.tensors[name].kind} '{name}' has no values yet"
+
+
+def kind_of(form: Form) -> Hashable:
+    """What models that can run as one have in common: what a stack needs equal, and what no call takes a value each of.
+
+    Numbers and texts are left out: a call takes them, or they are names.
+    """
+    flags = {
+        path: value
+        for path, value in form.settings.items()
+        if isinstance(value, bool | Named) or not isinstance(value, str | bytes | tuple | Number)
+    }
+    parts = form.tensors, form.ties, form.classes, flags
+    return form.model_class, *(frozenset(part.items()) for part in parts)
 
 
 def _compared(first: Form, form: Form, comparisons: Iterable[Comparison]) -> Iterator[tuple[str, str]]:

@@ -66,7 +66,7 @@ def gather(
     if count is None and isinstance(models, Sized):
         count = len(models)
     gathering = _Gathering(shared, held, count, device, dtype, for_stack)
-    for model in _modules(models, count):
+    for model in modules(models, count):
         gathering.take(model)
         del model  # or it would live on while the next one is made
     return gathering.finish(caller, stacklevel + 1)
@@ -176,13 +176,18 @@ class _Gathering:
             warnings.warn(text("MW107", what, do=do), StackWarning, stacklevel=stacklevel + 1)
 
 
-def _modules(models: Iterable[nn.Module], count: int | None) -> Iterator[nn.Module]:
-    """The models one by one, holding none of them, checked to be modules and `count` in number."""
+def checked(models: Iterable[nn.Module]) -> Iterable[nn.Module]:
+    """`models`, if they are a sequence or iterator of something."""
     if not isinstance(models, Iterable) or isinstance(models, nn.ModuleDict | Mapping):
         what = f"expected a sequence or iterator of modules, got a {type(models).__name__}"
         fail(KindError, "MW108", what, do="Give a list of models")
+    return models
+
+
+def modules(models: Iterable[nn.Module], count: int | None) -> Iterator[nn.Module]:
+    """The models one by one, holding none of them, checked to be modules and `count` in number."""
     index = 0
-    for model in models:
+    for model in checked(models):
         if not isinstance(model, nn.Module):
             fail(KindError, "MW108", f"member {index} is a {type(model).__name__}, expected an nn.Module")
         if index == count:

@@ -117,6 +117,25 @@ def positions(indices: Iterable[int] | torch.Tensor | slice, members: int) -> to
     return chosen.long() % members
 
 
+PART = "_memberwise_part"
+"""The attribute, on a parameter of a group, that says which members it holds, and of how many."""
+
+
+def note_part(parameter: torch.Tensor, members: Sequence[int], count: int) -> None:
+    """Say of a parameter that it holds these of `count` members."""
+    setattr(parameter, PART, (tuple(members), count))
+
+
+def local(members: Sequence[int], indices: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """Of `indices`, those among the members of a part: as places in the part, and where in `indices` they stand.
+
+    >>> local([1, 4], torch.tensor([4, 0, 1, 4]))
+    (tensor([1, 0, 1]), [0, 2, 3])
+    """
+    found = [(k, members.index(index)) for k, index in enumerate(indices.tolist()) if index in members]
+    return torch.tensor([place for _, place in found], dtype=torch.int64), [k for k, _ in found]
+
+
 def _as_leaf(values: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     if isinstance(old, torch.nn.Parameter):
         leaf = torch.nn.Parameter(values, old.requires_grad)

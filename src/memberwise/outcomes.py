@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,10 @@ class Case:
             place = next((tensor.device for tensor in self.tensors()), torch.device("cpu"))
             part.generators = make_generators(range(len(members)), place if place.type != "meta" else "cpu")
         return Case(part, tree_map(lambda leaf: _chosen(leaf, members), self.inputs), self.loss_fn)
+
+    def with_inputs_of(self, members: Sequence[int]) -> Case:
+        """The same, with the inputs of these members of a larger group."""
+        return replace(self, inputs=tree_map(lambda leaf: _chosen(leaf, [*members]), self.inputs))
 
     def tensors(self) -> list[torch.Tensor]:
         """All that the run starts from."""

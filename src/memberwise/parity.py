@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from memberwise.differences import listed
 from memberwise.errors import ParityError, build
 from memberwise.generators import global_generators, restoring
+from memberwise.grouped import Group
 from memberwise.module import Stack
 from memberwise.outcomes import Case, Outcome, alone, together, wide_dtype
 from memberwise.tables import render
@@ -80,7 +81,9 @@ class Verification:
     __repr__ = __str__
 
 
-def verify(stack: Stack, *inputs: Any, loss_fn: Callable[..., Any] | None = None, members: int = 8) -> Verification:
+def verify(
+    stack: Stack | Group, *inputs: Any, loss_fn: Callable[..., Any] | None = None, members: int = 8
+) -> Verification:
     """Compare a stack with its own members, each unstacked and run alone in plain PyTorch.
 
     Compared are outputs, gradients (of parameters, and of inputs that require one), buffers after the call and where
@@ -90,7 +93,7 @@ def verify(stack: Stack, *inputs: Any, loss_fn: Callable[..., Any] | None = None
     Shapes: inputs as in `stack(*inputs)`: shared, or `each(x)` with M first.
 
     Args:
-        stack: the stack, in the mode it shall be verified in.
+        stack: the stack, or group of stacks, in the mode it shall be verified in.
         inputs: what the stack, or `loss_fn` after the model, is called with.
         loss_fn: `loss_fn(model, *inputs)`, written for one model; by default the model's own outputs.
         members: compare at most so many members, the first and the last among them.
@@ -109,12 +112,31 @@ def verify(stack: Stack, *inputs: Any, loss_fn: Callable[..., Any] | None = None
     []
     """
     chosen = _spread(len(stack), members)
+    rows: list[Deviation] = []
+    notes: list[str] = []
     with _undisturbed():
-        rows, notes = _compared(Case(stack, inputs, loss_fn).only(chosen), chosen)
+        for prefix, case, compared in _cases(stack, inputs, loss_fn, chosen):
+            found, more = _compared(case, compared)
+            rows += [replace(row, name=prefix + row.name) for row in found]
+            notes += more
     report = Verification(chosen, rows, notes)
     if report.wrong:
         _complain(report)
     return report
+
+
+def _cases(
+    stack: Stack | Group, inputs: tuple[Any, ...], loss_fn: Any, chosen: list[int]
+) -> Iterator[tuple[str, Case, list[int]]]:
+    """A case a stack: how its names begin, itself, and the members that it compares."""
+    if isinstance(stack, Stack):
+        yield "", Case(stack, inputs, loss_fn).only(chosen), chosen
+        return
+    for k, (part, members) in enumerate(stack.__memberwise_parts__()):
+        places = [place for place, member in enumerate(members) if member in chosen]
+        if places:
+            own = Case(part, inputs, loss_fn).with_inputs_of(members)
+            yield f"stacks.{k}.", own.only(places), [members[place] for place in places]
 
 
 def _spread(size: int, most: int) -> list[int]:

@@ -10,6 +10,7 @@ import torch
 
 from memberwise.engine import trace
 from memberwise.generators import global_generators, restoring
+from memberwise.grouped import Group
 from memberwise.module import Stack
 from memberwise.tables import render
 from memberwise.trees import tree_leaves, tree_map
@@ -77,7 +78,7 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(stack_or_fn: Stack | Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanation:
+def explain(stack_or_fn: Stack | Group | Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanation:
     """Run a stack, or a function, and tell how each operation ran for all members, forward and backward.
 
     Of a stack a copy runs, twice (the first time to warm up): it stays as it is, and so do its streams and
@@ -87,7 +88,8 @@ def explain(stack_or_fn: Stack | Callable[..., Any], *inputs: Any, **kwargs: Any
     Shapes: inputs as in `stack(*inputs)`, or as the function takes them.
 
     Args:
-        stack_or_fn: a `Stack`, or a function that runs members: `vmap(loss_fn, (0, None, None))`, a training step.
+        stack_or_fn: a `Stack`, a `Group`, or a function that runs members: `vmap(loss_fn, (0, None, None))`, a training
+            step.
         inputs, kwargs: what it is called with.
 
     >>> import memberwise
@@ -95,7 +97,7 @@ def explain(stack_or_fn: Stack | Callable[..., Any], *inputs: Any, **kwargs: Any
     >>> {row.path for row in explain(stack, torch.ones(5, 3)).rows}
     {'rule'}
     """
-    if not isinstance(stack_or_fn, Stack):
+    if not isinstance(stack_or_fn, Stack | Group):
         return _observed(stack_or_fn, inputs, kwargs)
     with restoring(global_generators()):
         copy = stack_or_fn.select(range(len(stack_or_fn)))

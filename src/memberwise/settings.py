@@ -32,6 +32,12 @@ OTHER = "..."
 """Stands for a value that is no setting, where others beside it are."""
 
 
+class Named(str):
+    """A callable as a setting, by its qualified name."""
+
+    __slots__ = ()
+
+
 def settings_of(module: nn.Module) -> dict[str, Any]:
     """Setting by path, of the module and all modules in it.
 
@@ -50,7 +56,7 @@ def _of_one(module: nn.Module) -> Iterator[tuple[str, Any]]:
         if not _passed_over(name):
             yield from _entries(name, value, DEPTH)
     hooks = filter(None, map(qualified_name, forward_hooks(module)))
-    yield "(forward hooks)", ", ".join(hooks) or "none"
+    yield "(forward hooks)", Named(", ".join(hooks) or "none")
 
 
 @functools.lru_cache(1024)  # names recur in every module of every member
@@ -95,7 +101,8 @@ def _plain(value: Any, depth: int) -> Any:
         return tuple(_plain(one, depth - 1) for one in value) if depth else OTHER
     if isinstance(value, nn.Module):
         return OTHER
-    return qualified_name(value) or OTHER
+    name = qualified_name(value)
+    return OTHER if name is None else Named(name)
 
 
 def _is_one_number(tensor: torch.Tensor) -> bool:

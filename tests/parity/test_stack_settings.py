@@ -232,6 +232,8 @@ def test_a_value_of_one_member_is_not_asked_of_the_stack() -> None:
     stack = memberwise.stack([nn.Dropout(0.1), nn.Dropout(0.2)])
     assert repr(stack.p) == "MemberValue(0.1, 0.2)"
     assert repr(stack.p * 2) == "MemberValue(0.2, 0.4)"
+    assert f"{stack.p:.2f}" == "MemberValue(0.10, 0.20)"
+    assert "p=MemberValue(0.1, 0.2)" in repr(stack)
     assert (stack[0].p, stack[1].p) == (0.1, 0.2)
     with pytest.raises(StackAttributeError, match=r"one value, and the members have 0\.1, 0\.2.*stack\[i\].*MW306"):
         float(stack.p)

@@ -123,6 +123,10 @@ class Planner:
             raise Unfit("no stack and no optimizer of Memberwise is within its reach")
         if any(slots.apart for slots in self.whole.stacks):
             raise Unfit("members are in different modes")
+        if any(slots.differs for slots in self.whole.stacks):
+            raise Unfit("members differ outside their tensors")
+        if len({slots.size() for slots in self.whole.stacks}) > 1:
+            raise Unfit("the stacks have different numbers of members")
         reasons = []
         for stacked in self._guesses():
             try:

@@ -13,7 +13,7 @@ from memberwise._torch.checkpoint import StopRecomputation, recomputed_inside
 from memberwise._torch.dispatch import has_tangents, mode_depth, push_mode
 from memberwise._torch.dynamo import uncompiled
 from memberwise._torch.functions import enter_functions, leave_functions, users_functions
-from memberwise.engine import again, lowering, retreat, trace
+from memberwise.engine import again, grouped, lowering, retreat, trace
 from memberwise.engine.ambient import Region
 from memberwise.engine.arguments import Arguments, mapped
 from memberwise.engine.closures import function_arguments
@@ -70,11 +70,24 @@ def vmap(
     @functools.wraps(func, updated=())
     def mapped_func(*args: Any, **kwargs: Any) -> Any:
         check_out_dims(name, out_dims)
+        if any([type(arg) in grouped.classes for arg in args]):
+
+            def of_part(members: Sequence[int], *own: Any, **named: Any) -> Any:
+                streams = _of_part(generators, members)
+                return vmap(func, in_dims, out_dims, randomness, chunk_size=chunk_size, generators=streams)(
+                    *own, **named
+                )
+
+            return grouped.over_parts(of_part, args, kwargs, in_dims, out_dims, f"vmap({name})")
         arguments = mapped(name, in_dims, args, kwargs)
         streams = _check_generators(generators, arguments.size)
         return run(func, arguments, out_dims, randomness, streams, chunk_size)
 
     return uncompiled(mapped_func)
+
+
+def _of_part(generators: Any, members: Sequence[int]) -> Any:
+    return None if generators is None else [generators[member] for member in members]
 
 
 _NOTHING = nullcontext()

@@ -201,6 +201,12 @@ class Slots:
         stacked = (tensor for tensor, held in self.tensors() if held and tensor is not None)
         return next((tensor.shape[0] for tensor in stacked), None)
 
+    @property
+    def differs(self) -> bool:
+        """Whether members differ outside their tensors."""
+        standing = [vars(module).get(name) for module, name in self.settings]
+        return bool(self.variants) or any(map(values.is_own, tree_leaves(standing)))
+
     def tensors(self) -> list[tuple[Any, bool]]:
         """`(tensor or None, stacked)` of each place."""
         return [(place.owner[place.name], not place.shared) for place in self.places]

@@ -72,8 +72,13 @@ class MemberValue:
     def __repr__(self) -> str:
         return f"MemberValue{self._values}"
 
+    def __format__(self, spec: str) -> str:
+        if self._region is None:
+            return f"MemberValue({', '.join(format(value, spec) for value in self._values)})"
+        return _reading(format, "the host prints")(self, spec)
+
     def __str__(self) -> str:
-        return repr(self) if self._region is None else self.__format__("")
+        return repr(self) if self._region is None else format(self)
 
     def __reduce__(self) -> Any:
         return MemberValue, (self._values,)
@@ -187,7 +192,6 @@ _READS: dict[str, tuple[Callable[..., Any], str]] = {
     "hash": (hash, "a key is"),
     "len": (len, "the host asks for the length of"),
     "contains": (operator.contains, "the host looks into"),
-    "format": (format, "the host prints"),
 }
 """Special methods by which Python asks for one value."""
 

@@ -13,6 +13,7 @@ from memberwise._torch import fused
 from memberwise._torch.tracing import watched
 from memberwise.errors import ArgumentError, EngineError, StackWarning, fail, text
 from memberwise.optim.adoption import count_members, is_shared
+from memberwise.optim.parts import Part, count_in_parts, own_values, part_of, total
 from memberwise.optim.values import Hyper, accept, numbers, plain
 
 
@@ -54,6 +55,9 @@ def clip_grad_norm_(
             [0.3000, 0.4000, 0.0000]])
     """
     found = _listed(parameters)
+    count = total(found)
+    if count is not None:
+        return _clip_in_parts(found, count, max_norm, norm_type, error_if_nonfinite)
     members = count_members([(f"parameter {i}", parameter) for i, parameter in enumerate(found)])
     limit = accept("max_norm", max_norm, members)
     limit = max_norm if isinstance(max_norm, torch.Tensor) else plain(limit)  # recordings know the user's tensor
@@ -66,6 +70,26 @@ def clip_grad_norm_(
     _scale(own, limit, own_norms)
     _scale(common, common_limit, common_norms)
     return own_norms
+
+
+def _clip_in_parts(
+    found: list[torch.Tensor], count: int, max_norm: Hyper, norm_type: float, error_if_nonfinite: bool
+) -> torch.Tensor:
+    """The same for the parameters of a group: the members of each stack by themselves."""
+    count_in_parts([(f"parameter {i}", parameter) for i, parameter in enumerate(found)])
+    by_part: dict[Part | None, list[torch.Tensor]] = {}
+    for parameter in found:
+        by_part.setdefault(part_of(parameter), []).append(parameter)
+    norms = torch.zeros(count)
+    for part, own in by_part.items():
+        if part is not None:
+            grads = [parameter.grad for parameter in own if parameter.grad is not None]
+            norms[[*part[0]]] = _norms(grads, len(part[0]), norm_type).to(norms)
+    if error_if_nonfinite:
+        _check_finite(norms, norms[:0], norm_type)
+    for part, own in by_part.items():
+        clip_grad_norm_(own, own_values(max_norm, part), norm_type, error_if_nonfinite)
+    return norms
 
 
 def _listed(parameters: torch.Tensor | Iterable[torch.Tensor] | HasParameters) -> list[torch.Tensor]:

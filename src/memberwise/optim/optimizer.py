@@ -16,9 +16,10 @@ from torch.optim.optimizer import ParamsT
 
 from memberwise._torch.hooks import copy_hooks
 from memberwise.errors import ArgumentError, fail
-from memberwise.members import Memo, take
-from memberwise.optim.adoption import SHARED, count_members, fit_state, is_shared
+from memberwise.members import Memo, local, note_part, take
+from memberwise.optim.adoption import SHARED, fit_state, is_shared
 from memberwise.optim.group import Group, name_of
+from memberwise.optim.parts import count_in_parts, part_of, parted
 from memberwise.optim.stepping import SteppingOptimizer, begin
 from memberwise.optim.values import plain, selected
 
@@ -39,7 +40,6 @@ class MemberOptimizer(SteppingOptimizer):
         super().__init__(params, defaults)
         self.param_groups = self._adopted(self.param_groups)
         self._check(self.param_groups)
-        self.members = self.param_groups[0].members
         self.defaults = deepcopy(self._group(defaults, self.members, ()).plain())
         self._ready = True
 
@@ -91,9 +91,13 @@ class MemberOptimizer(SteppingOptimizer):
         """As torch's. Raises ArgumentError (MW401 to MW404), and adds nothing, if the group does not fit."""
         super().add_param_group(param_group)
         if self._ready:
-            groups = self._adopted([self.param_groups.pop()], self.param_groups)
-            self._check(groups)
-            self.members = groups[0].members
+            before, self.members = self.members, None
+            try:
+                groups = self._adopted([self.param_groups.pop()], self.param_groups)
+                self._check(groups)
+            except ArgumentError:
+                self.members = before
+                raise
             self.param_groups += groups
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,31 +108,41 @@ class MemberOptimizer(SteppingOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         shared = [group.shared for group in self.param_groups]
+        parts = [[part_of(param) for param in group["params"]] for group in self.param_groups]
         groups = [group.plain() for group in self.param_groups]
-        return {**super().__getstate__(), "param_groups": groups, "shared": shared}
+        return {**super().__getstate__(), "param_groups": groups, "shared": shared, "parts": parts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         for group, flags in zip(state["param_groups"], state.pop("shared", ()), strict=False):
             for param in (p for p, flag in zip(group["params"], flags, strict=True) if flag):
                 setattr(param, SHARED, True)  # copies of parameters lose their attributes
+        for group, parts in zip(state["param_groups"], state.pop("parts", ()), strict=False):
+            for param, part in zip(group["params"], parts, strict=True):
+                if part is not None:
+                    note_part(param, *part)
         self.defaults = state.get("defaults") or self.defaults
         groups = self._adopted([{**self.defaults, **group} for group in state["param_groups"]])
         kept = defaultdict(dict, fit_state(state["state"], groups))
         super().__setstate__({**state, "state": kept, "param_groups": groups})
-        self.members = groups[0].members
         self._forget()
         self._ready = True
 
     def _adopted(self, raw: list[dict[str, Any]], beside: Sequence[Group] = ()) -> list[Group]:
-        """Groups as torch made them, as member-wise ones that fit `beside` others."""
+        """Groups as torch made them, as member-wise ones that fit `beside` others; sets M."""
+        known = [("", param) for group in beside for param in group["params"]]
         named = [(f"group {i}: {name_of(g, j)}", p) for i, g in enumerate(raw) for j, p in enumerate(g["params"])]
-        members = count_members(named, next((group.members for group in beside if group.members), None))
-        groups = [self._group(g, members, tuple(map(is_shared, g["params"]))) for g in raw]
+        self.members = count_in_parts([*known, *named])
+        groups = [self._of_part(g) for g in parted(raw, self.columns)]
         storages: set[int] = set()
         for group in (*beside, *groups):
             group.unalias(storages)
         return groups
+
+    def _of_part(self, entries: Mapping[str, Any]) -> Group:
+        part = part_of(entries["params"][0]) if entries["params"] else None
+        members = len(part[0]) if part else self.members
+        return self._group(entries, members, tuple(map(is_shared, entries["params"])))
 
     def _group(self, entries: Mapping[str, Any], members: int | None, shared: tuple[bool, ...]) -> Group:
         return Group(entries, self.columns, self.options + _TORCH_OPTIONS, members, shared)
@@ -151,14 +165,20 @@ class MemberOptimizer(SteppingOptimizer):
         """An optimizer of the same class over the successors of the parameters, with the members' state."""
         groups, state = [], {}
         for group in self.param_groups:
-            entries = selected(group.plain(), indices, len(self))
+            part = part_of(group["params"][0]) if group["params"] else None
+            own, places = local(part[0], indices) if part else (indices, [*range(len(indices))])
+            if not places:
+                continue
+            entries = selected(group.plain(), own, group.members or 0)
             entries["params"] = []
             for old, shared in zip(group["params"], group.shared, strict=True):
-                param = take(old, indices, memo, shared=shared)
+                param = take(old, own, memo, shared=shared)
+                if part:
+                    note_part(param, places, len(indices))
                 entries["params"].append(param)
                 if old in self.state:
                     kept = self.state[old].items()
-                    state[param] = {name: take(value, indices, memo, shared=shared) for name, value in kept}
+                    state[param] = {name: take(value, own, memo, shared=shared) for name, value in kept}
             groups.append(entries)
         new = type(self).__new__(type(self))
         new.__setstate__(
