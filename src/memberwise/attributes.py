@@ -20,10 +20,12 @@ from torch.nn.utils import parametrize
 
 from memberwise.errors import StateError, build
 from memberwise.form import state
+from memberwise.strangers import unstackable
 from memberwise.trees import tree_leaves, tree_transpose_map
 
 _STRUCTURE = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, types.FunctionType, torch.dtype, torch.device)
+_COMPILED = frozenset({"forward", "__call__", "_compiled_call_impl"})
 _CONTAINERS = (dict, list, tuple, set)
 WHOLE = ""
 """Stands for the name of an attribute where a whole submodule is of another class."""
@@ -123,7 +125,7 @@ class Attributes:
                 whole.append(path)
                 yield (path, WHOLE), None
             elif path in self._kinds:
-                yield from (((path, name), value) for name, value in vars(sub).items() if name not in _STRUCTURE)
+                yield from (((path, name), value) for name, value in _own_state(sub) if name not in _STRUCTURE)
 
     def _note_objects(self, values: Mapping[Key, Any]) -> None:
         """Keep track of attributes whose tensors have been the same objects in all members so far."""
@@ -219,6 +221,14 @@ def _filled_in(value: Any, memo: dict[int, Any]) -> Any:
         return value
 
 
+def _own_state(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """A module's attributes, but for a compiled forward: it belongs to this module alone, and its copies have none."""
+    values = vars(module)
+    if not _COMPILED.isdisjoint(values):
+        values = {name: value for name, value in values.items() if name not in _COMPILED - module.__getstate__().keys()}
+    yield from values.items()
+
+
 def _kind(module: nn.Module) -> Any:
     if isinstance(module, fx.GraphModule):
         return fx.GraphModule
@@ -247,13 +257,16 @@ def _alike(a: Any, b: Any, depth: int = 8) -> bool:
     if type(a) is not type(b) or not depth:
         return False
     if isinstance(a, torch.Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+        alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and a.layout == b.layout
+        return alike and unstackable(a) is None and torch.equal(a, b)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(_alike(x, y, depth - 1) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_alike(a[key], b[key], depth - 1) for key in a)
     if isinstance(a, types.FunctionType):
         return a.__code__ == b.__code__ and _alike(_captured(a), _captured(b), depth - 1)
+    if isinstance(a, types.MethodType):
+        return _alike((a.__func__, a.__self__), (b.__func__, b.__self__), depth - 1)
     if isinstance(a, nn.Module):  # each one's own, in what a function has captured
         return True
     if type(a).__eq__ is object.__eq__ and hasattr(a, "__dict__"):
@@ -297,7 +310,8 @@ def _can_stack_row(row: tuple[Any, ...]) -> bool:
     first = row[0]
     if not isinstance(first, torch.Tensor):
         return all(_alike(one, first) for one in row)
-    return all(type(one) is type(first) and one.shape == first.shape and one.dtype == first.dtype for one in row)
+    same = all(type(one) is type(first) and one.shape == first.shape and one.dtype == first.dtype for one in row)
+    return same and unstackable(first) is None
 
 
 def _stacked_row(row: list[Any], known: dict[tuple[int, ...], torch.Tensor]) -> Any:

@@ -20,6 +20,7 @@ from memberwise.grouped import Group
 from memberwise.lazy import Examples
 from memberwise.module import Stack
 from memberwise.names import tied
+from memberwise.strangers import strangers
 
 
 def stack(
@@ -64,7 +65,7 @@ def stack(
     checked(models)
     count = len(models) if isinstance(models, Sized) else None
     models = Examples(example_inputs, example_kwargs).materialised(models)
-    noted = _noted(models, attributes)
+    noted = _noted(models, attributes, shared)
     gathered = gather(noted, shared=shared, for_stack=True, count=count, caller="stack", stacklevel=2)
     return _made(gathered, attributes, stacklevel=2)
 
@@ -195,12 +196,22 @@ def _seeded(
         del model
 
 
-def _noted(models: Iterable[nn.Module], attributes: Attributes) -> Iterator[nn.Module]:
+def _noted(models: Iterable[nn.Module], attributes: Attributes, shared: Sequence[str] = ()) -> Iterator[nn.Module]:
+    """The models, their attributes noted; if one has what no stack can hold, all of it is listed, in all models."""
+    lines: list[str] = []
+    member = 0
     for model in models:
         if isinstance(model, nn.Module):
-            attributes.take(model)
-        yield model
+            lines += [f"member {member}: {line}" for line in strangers(model, shared)]
+            if not lines:
+                attributes.take(model)
+        if not lines:
+            yield model
         del model
+        member += 1  # noqa: SIM113 `enumerate` would hold a model while the next one is made
+    if lines:
+        what = f"expected plain modules and tensors, which a stack can hold:\n{listed(lines)}"
+        fail(StateError, "MW113", what, do="docs/tools.md lists what works instead")
 
 
 def _made(gathered: Gathered, attributes: Attributes, stacklevel: int) -> Stack:

@@ -17,6 +17,7 @@ CODES: dict[str, str] = {
     "MW110": "functional_call was called with arguments it cannot use",
     "MW111": "a part of the template lies on the meta device and was given no values",
     "MW112": "there are more or fewer models than were announced",
+    "MW113": "a part of a model is of a kind that no stack can hold",
     "MW201": "vmap was called with arguments it cannot map",
     "MW202": "a random operation was called under randomness='error'",
     "MW203": "a returned value cannot be stacked",

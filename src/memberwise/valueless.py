@@ -21,6 +21,7 @@ class Valueless(torch.Tensor):
         of: its name in the module.
     """
 
+    of_memberwise = True
     of: str
 
     @classmethod

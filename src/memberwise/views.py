@@ -23,6 +23,7 @@ class MemberView(torch.Tensor):
     stack's tensor lies elsewhere (after `.to()`), every use raises StateError [MW304].
     """
 
+    of_memberwise = True
     _place: Place
     _member: int | None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from memberwise._torch import backward, dynamo, recurrent, views
+from memberwise._torch import backward, dynamo, gradhooks, recurrent, views
 
 
 class View(torch.Tensor):
@@ -94,3 +94,14 @@ def test_a_backward_pass_is_known_from_inside() -> None:
     y.sum().backward()
     told.append(backward.in_backward())
     assert told == [False, True, False]
+
+
+def test_hooks_on_a_gradient_are_seen() -> None:
+    """Breaks: a stack would lose a parameter's hooks in silence."""
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        tensor = torch.ones(2, requires_grad=True)
+        assert not gradhooks.has_hooks(tensor)
+        handle = getattr(tensor, register)(lambda _: None)
+        assert gradhooks.has_hooks(tensor)
+        handle.remove()
+        assert not gradhooks.has_hooks(tensor)

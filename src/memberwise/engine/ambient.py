@@ -80,7 +80,7 @@ class Region(DispatchMode):
         self.looking = False
         self.apart: dict[Any, str] = {}
         self.depth = 0
-        self._reached: list[torch.Tensor] = []
+        self._reached: list[tuple[torch.Tensor, Any, Any]] = []
         self._streams: list[tuple[torch.Generator, torch.Tensor]] | None = None
         self._global: GlobalStreams | None = None
 
@@ -105,12 +105,17 @@ class Region(DispatchMode):
             self.journal.append(Before(tensor, values, counted, [version(t) for t in counted]))
 
     def put_back(self) -> None:
-        """Undo the writes to memory that outlives the call."""
+        """Undo the writes to memory that outlives the call, and what a backward inside has accumulated."""
         with torch.no_grad():
             for before in reversed(self.journal):
                 with _mode_of(before.tensor):
                     before.tensor.copy_(before.values)
                 set_versions(before.counted, before.versions)
+            for tensor, grad, values in self._reached:
+                tensor.grad = grad
+                if values is not None:
+                    grad.copy_(values)
+            self._reached.clear()
 
     def start(self) -> None:
         """The run begins."""
@@ -157,12 +162,15 @@ class Region(DispatchMode):
             self._global = watched
 
     def note_backward(self, leaves: Iterable[torch.Tensor]) -> None:
-        """A backward inside the call reaches tensors outside of it."""
-        self._reached.extend(leaves)
+        """A backward inside the call reaches tensors outside of it, whose gradients it will add to."""
+        for tensor in leaves:
+            if not any(tensor is known for known, _, _ in self._reached):
+                grad = tensor.grad
+                self._reached.append((tensor, grad, None if grad is None else grad.detach().clone()))
 
     def release_gradients(self) -> None:
         """What autograd accumulated outside, while the mode was on, is plain."""
-        for tensor in self._reached:
+        for tensor, _, _ in self._reached:
             if isinstance(tensor.grad, MemberTensor):
                 tensor.grad = tensor.grad._inner
         self._reached.clear()

@@ -13,6 +13,7 @@ from memberwise.engine.crossing import enter
 from memberwise.engine.flattening import broadcast_dims, flatten, unflatten
 from memberwise.engine.slots import Slots, Swap
 from memberwise.errors import ArgumentError, fail
+from memberwise.strangers import is_foreign
 from memberwise.trees import Each, tree_leaves, tree_map
 
 
@@ -90,6 +91,13 @@ class Arguments:
         owners = [n for n, count in enumerate(counts) for _ in range(count)]
         return owners + [len(counts)] * (len(self.leaves) - len(owners))
 
+    def strangers(self) -> str | None:
+        """Why no stacked run sees what happens to an argument: the operations of a subclass are its own."""
+        if _USUAL.issuperset(map(type, self.leaves)):
+            return None
+        found = [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor) and is_foreign(leaf)]
+        return f"an argument is a {type(found[0]).__name__}, whose operations are its own" if found else None
+
     def streams(self) -> Sequence[torch.Generator] | None:
         """The random streams that the stacks among the leaves bring along: one a member, or None."""
         if len(self.slots) < 2:
@@ -105,6 +113,7 @@ def _first(tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
     return tensor if not dim else tensor.movedim(dim, 0)
 
 
+_USUAL = frozenset({Slots, torch.Tensor, torch.nn.Parameter, bool, int, float, str, type(None)})
 _PLAIN = frozenset({torch.Tensor, bool, int, float, str, type(None)})
 
 

@@ -138,8 +138,9 @@ def _run_parts(
 
 def _run_chunk(func: Callable[..., Any], arguments: Arguments, out_dims: Any, randomness: str, generators: Any) -> Any:
     region = Region(arguments.size, len(again.local.regions), randomness, generators)
-    if has_tangents():
-        signal = Retreat("forward-mode differentiation goes around the call", region)
+    why = "forward-mode differentiation goes around the call" if has_tangents() else arguments.strangers()
+    if why is not None:
+        signal = Retreat(why, region)
         retreat.warn(None, signal)
         return retreat.by_members(func, arguments, out_dims, region, signal.reason)
     region.apart = apart(func, arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,13 +28,25 @@ class Enter(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         region = ctx.region
         if region.running:
-            region.note_backward(node.variable for node, _ in ctx.next_functions if hasattr(node, "variable"))
+            region.note_backward(_leaves(ctx))
         pairs = zip(grads, ctx.batched, strict=True)
         return (
             None,
             None,
             *[None if grad is None else leave(grad, region) if held else total(grad, region) for grad, held in pairs],
         )
+
+
+def _leaves(node: Any) -> Iterator[torch.Tensor]:
+    """The tensors in which a backward pass that reaches `node` ends."""
+    seen, waiting = set(), [node]
+    while waiting:
+        for below, _ in waiting.pop().next_functions:
+            if hasattr(below, "variable"):
+                yield below.variable
+            elif below is not None and below not in seen:
+                seen.add(below)
+                waiting.append(below)
 
 
 class _EnterTransforms(Enter):

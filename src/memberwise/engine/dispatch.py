@@ -247,7 +247,10 @@ class Call:
         if op.written:
             self._before_write(self.batched or draws)
         if not self.batched and not draws:
-            return self._wrap_equal(self._run_shared())
+            out = self._run_shared()
+            if op.is_random and region.randomness == "same":
+                region.drawn()  # one draw for all
+            return self._wrap_equal(out)
         if self.differs and op.rule is None:
             self._settle_all()
         out, dims, path = ladder.descend(op, region, self.values, self.dims, self.kwargs)

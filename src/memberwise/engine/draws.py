@@ -36,7 +36,10 @@ _DRAWS_ONLY_IF: dict[str, Callable[[Any, Any], bool]] = {
 
 
 def draws(op: Operation, values: Any, kwargs: Any) -> bool:
-    """Whether this call takes numbers from a stream."""
+    """Whether this call takes numbers from a stream; what has no values takes none."""
+    filled = values[0] if values else None
+    if str(kwargs.get("device")) == "meta" or (isinstance(filled, torch.Tensor) and filled.is_meta):
+        return False
     condition = _DRAWS_ONLY_IF.get(op.name)
     return True if condition is None else condition(values, kwargs)
 

@@ -69,5 +69,6 @@ HOST: dict[Any, Callable[..., Any]] = {
     _T.data.__set__: _memory("data"),  # type: ignore[attr-defined] # a getset descriptor
     **{getattr(_T, name): _memory(name) for name in ("numpy", "data_ptr", "untyped_storage", "set_")},
     **{getattr(_T, name): _memory(name) for name in ("__array__", "__dlpack__", "storage", "share_memory_")},
+    **{getattr(_T, name): _memory(name) for name in ("apply_", "map_", "map2_")},  # they write it, in C++
 }
 """Torch function -> what it does with a member tensor."""

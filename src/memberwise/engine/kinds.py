@@ -24,6 +24,7 @@ _LOOKING = _words("""
     is_mkldnn is_contiguous is_floating_point is_complex is_conj is_neg is_inference is_signed is_same_size
     is_coalesced __len__ __hash__ __repr__ __format__
     tolist numpy data_ptr untyped_storage storage __array__ __dlpack__ share_memory_
+    apply_ map_ map2_
 """)
 """By name. What reads memory is here too: it has a handler of its own (`memberwise.engine.host`)."""
 

@@ -54,6 +54,10 @@ class _Raise(Enter):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        if ctx.region.running and any(
+            not (node is None or hasattr(node, "variable")) for node, _ in ctx.next_functions
+        ):
+            unlower(ctx.region, "a backward pass inside the call goes on below it")
         return *Enter.backward(ctx, *grads), *(None for _ in grads)
 
 

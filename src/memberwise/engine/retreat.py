@@ -202,7 +202,7 @@ class _MemberRows:
     def of(self, member: torch.Tensor) -> Sequence[torch.Tensor]:
         if id(member) not in self._of:
             base = leave(torch.ops.aten.alias(member), self.region)  # not the inner tensor itself: it has no history
-            self._of[id(member)] = member, base, base.grad_fn, self._rows.of(base)
+            self._of[id(member)] = member, base, base.grad_fn, self._rows.of(base, whole=_outside(member))
         return self._of[id(member)][3]
 
     def turn(self) -> AbstractContextManager[None]:
@@ -218,6 +218,12 @@ class _MemberRows:
             elif isinstance(member, MemberTensor):
                 count_write(member)
                 increment_version(member)
+
+
+def _outside(member: Any) -> torch.Tensor | None:
+    """The stack's parameter that a member tensor stands for, if that is a leaf."""
+    own = getattr(member, "_is_param", False) and member._outside and member._root is None
+    return member._inner if own and member._inner.is_leaf else None
 
 
 def _left(tree: Any, rows: _MemberRows) -> tuple[list[Any], Callable[[list[Any]], Any]]:

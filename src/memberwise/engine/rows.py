@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from memberwise._torch.dispatch import functorch_active, has_tangents
 from memberwise._torch.versions import set_versions, version
@@ -40,11 +41,18 @@ class Rows:
         self._before: list[int] = []
         self._highest: list[int] = []
 
-    def of(self, tensor: torch.Tensor, dim: int = 0) -> Sequence[torch.Tensor]:
-        """One row a member; the same rows, if the tensor has been asked for before."""
+    def of(self, tensor: torch.Tensor, dim: int = 0, *, whole: torch.Tensor | None = None) -> Sequence[torch.Tensor]:
+        """One row a member; the same rows, if the tensor has been asked for before.
+
+        `whole`: the stack's parameter that the rows are of; by default the tensor, if it is one.
+        """
         column = self._columns.get((id(tensor), dim))
         if column is None:
             column = self._columns[id(tensor), dim] = _Column(tensor, dim)
+            whole = tensor if whole is None and isinstance(tensor, nn.Parameter) and tensor.is_leaf else whole
+            for member, row in enumerate(column.rows if whole is not None else ()):
+                row.__class__ = ParameterRow
+                row._whole, row._member, row._began = whole, member, whole.grad is not None  # type: ignore[attr-defined,union-attr] # so
             self._bases.append(tensor)
             self._before.append(version(tensor))
             self._highest.append(version(tensor))
@@ -90,7 +98,7 @@ class _Column:
 
     def write_back(self) -> None:
         if self._are_views or all(
-            row.grad_fn is node or row.grad_fn is None for row, node in zip(self.rows, self._nodes, strict=True)
+            now is node or now is None for now, node in zip(map(_node, self.rows), self._nodes, strict=True)
         ):
             return
         with torch.enable_grad():
@@ -116,3 +124,46 @@ class _TakeOut(torch.autograd.Function):
 
 def _rows(tensor: torch.Tensor, dim: int) -> list[torch.Tensor]:
     return [tensor.select(dim, i).detach() for i in range(tensor.shape[dim])]
+
+
+class ParameterRow(torch.Tensor):
+    """A row of a parameter: to who asks, a leaf, of which `copy.deepcopy` makes a parameter, as in MAML."""
+
+    of_memberwise = True
+    __torch_function__ = nn.Parameter.__torch_function__  # operations give plain tensors
+
+    _whole: torch.Tensor
+    _member: int
+    _began: bool
+    is_leaf = property(lambda self: True)  # type: ignore[assignment] # torch has an attribute of C here
+    grad_fn = property(lambda self: None)  # type: ignore[assignment] # likewise
+
+    @property
+    def grad(self) -> torch.Tensor | None:  # type: ignore[override] # likewise
+        """This member's part of the stack's gradient, or None if neither it nor an earlier step has one."""
+        whole = self._whole.grad
+        own = None if whole is None else whole[self._member]
+        return own if own is not None and (self._began or own.any()) else None
+
+    @grad.setter
+    def grad(self, value: torch.Tensor | None) -> None:
+        whole = self._whole
+        if whole.grad is None and value is not None:
+            whole.grad = torch.zeros_like(whole)
+        if whole.grad is not None:
+            with torch.no_grad():
+                whole.grad[self._member] = 0 if value is None else value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = self._own()
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._own().__reduce_ex__(protocol)
+
+    def _own(self) -> nn.Parameter:
+        return nn.Parameter(self.detach().clone(), self.requires_grad)
+
+
+_node: Any = torch.Tensor.grad_fn.__get__  # type: ignore[attr-defined] # a getset descriptor

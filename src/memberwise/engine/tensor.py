@@ -35,6 +35,7 @@ class MemberTensor(torch.Tensor):
         _bypassed: whether a layer took it while it was lowered.
     """
 
+    of_memberwise = True
     stands_for_members = True
     _inner: torch.Tensor
     _region: Region
