@@ -102,7 +102,11 @@ MORE: dict[type[nn.Module], tuple[Way, ...]] = {
         way(3, 4, bidirectional=True, to=(_packed(5, 3, 3, lengths=(5, 2, 3)),)),
         way(3, 4, 2, proj_size=2, to=(_packed(5, 3, 3, lengths=(5, 2, 3)),)),
     ),
-    nn.GRU: (way(3, 4, 2, dropout=0.4, bidirectional=True, to=((5, 2, 3),)),),
+    nn.GRU: (
+        way(3, 4, 2, dropout=0.4, bidirectional=True, to=((5, 2, 3),)),
+        way(3, 4, to=(_packed(5, 3, 3, lengths=(5, 2, 3)),)),
+    ),
+    nn.RNN: (way(3, 4, bidirectional=True, to=(_packed(5, 3, 3, lengths=(5, 2, 3)),)),),
     nn.MaxUnpool1d: (way(2, to=_pooled(F.max_pool1d, 2, 3, 6)),),
     nn.MaxUnpool2d: (way(2, to=_pooled(F.max_pool2d, 2, 3, 4, 6)), way(2, to=_pooled(F.max_pool2d, 3, 4, 6))),
     nn.MaxUnpool3d: (way(2, to=_pooled(F.max_pool3d, 2, 3, 4, 4, 2)),),

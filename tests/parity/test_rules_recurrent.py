@@ -133,3 +133,18 @@ def test_weights_are_not_moved_together(chunk_size: int | None) -> None:
 
     memberwise.vmap(one)(params, buffers)
     assert Watched.calls == before, "the template moved the members' weights"
+
+
+@pytest.mark.filterwarnings("error::memberwise.StackWarning")  # members that part ways
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_packed_sequence_as_an_argument(kind: Any) -> None:
+    """C++ code reads how many sequences each step has, which inside the call is a member tensor without memory."""
+    models = [kind(3, 4).double() for _ in range(2)]
+    packed = nn.utils.rnn.pack_padded_sequence(numbers(4, 3, 3).detach(), torch.tensor([4, 2, 1]))
+    out, last = memberwise.stack(models)(packed)
+    for i, model in enumerate(models):
+        own, own_last = model(packed)
+        torch.testing.assert_close(out.data[i], own.data)
+        pairs = zip(last, own_last, strict=True) if kind is nn.LSTM else [(last, own_last)]
+        for state, own_state in pairs:
+            torch.testing.assert_close(state[i], own_state)

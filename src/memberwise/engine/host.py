@@ -15,7 +15,7 @@ from memberwise._torch.nested import is_left_aligned
 from memberwise._torch.packing import pack_padded_sequence
 from memberwise.engine.lengths import TAKES_LENGTHS
 from memberwise.engine.nested import goes_nested
-from memberwise.engine.packing import pack
+from memberwise.engine.packing import RECURRENT, pack
 from memberwise.engine.signals import part_ways
 from memberwise.engine.tensor import MemberTensor
 
@@ -65,6 +65,7 @@ HOST: dict[Any, Callable[..., Any]] = {
     pack_padded_sequence: pack,
     is_left_aligned: goes_nested,
     **TAKES_LENGTHS,
+    **RECURRENT,
     _T.__format__: _format,
     _T.data.__set__: _memory("data"),  # type: ignore[attr-defined] # a getset descriptor
     **{getattr(_T, name): _memory(name) for name in ("numpy", "data_ptr", "untyped_storage", "set_")},

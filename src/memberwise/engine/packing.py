@@ -5,6 +5,7 @@ torch's formula for the backward makes a plain tensor and writes members' gradie
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,3 +35,16 @@ def _plain(lengths: Any) -> torch.Tensor:
     if (inner != inner[:1]).any():
         part_ways(lengths._region, "sequence lengths differ between members")
     return inner[0]
+
+
+def with_plain_sizes(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """A recurrent layer whose C++ code reads how many sequences each step has, where a packed sequence was given."""
+
+    def handler(data: Any, sizes: Any, *args: Any) -> Any:
+        is_packed = len(args) > 1 and isinstance(args[1], list | tuple)
+        return layer(data, _plain(sizes) if is_packed else sizes, *args)
+
+    return handler
+
+
+RECURRENT = {layer: with_plain_sizes(layer) for layer in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)}
