@@ -48,7 +48,12 @@ def gathered(
         found |= {name: zeros[name] if grad is None else grad for name, grad in named.items()}
         roots = {name: grad for name, grad in named.items() if grad is not None and grad.requires_grad}
     found |= {f"buffer {name}": buffer for name, buffer in buffers.items()}
-    return {name: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for name, leaf in found.items()}
+    return {name: _plain(leaf) if isinstance(leaf, torch.Tensor) else leaf for name, leaf in found.items()}
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a sparse gradient, its values."""
+    return tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
 
 
 def joined(columns: Sequence[Found], shared: bool) -> Found:

@@ -9,6 +9,9 @@ BECAUSE: dict[str, tuple[str, ...]] = {
         "nn.AdaptiveLogSoftmaxWithLoss",
     ),
     "Code of old Lua days: its backward writes into tensors that its forward has made.": ("nn.CrossMapLRN2d",),
+    "With `scale_grad_by_freq` torch's kernel divides by the frequency of another index, which depends on what else is "
+    "in the table; indices beyond a last offset are in the last bag by one of its kernels, in none by another. Only a "
+    "member's own call gives what it gives.": ("nn.EmbeddingBag",),
     "In evaluation it leaves padding out by nested tensors; no tensor of a stack can be nested.": (
         "nn.TransformerEncoder",
         "nn.Transformer",

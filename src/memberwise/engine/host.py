@@ -17,6 +17,7 @@ from memberwise.engine.lengths import TAKES_LENGTHS
 from memberwise.engine.nested import goes_nested
 from memberwise.engine.packing import RECURRENT, pack
 from memberwise.engine.signals import part_ways
+from memberwise.engine.sparse import EMBEDDINGS
 from memberwise.engine.tensor import MemberTensor
 
 _T = torch.Tensor
@@ -66,6 +67,7 @@ HOST: dict[Any, Callable[..., Any]] = {
     is_left_aligned: goes_nested,
     **TAKES_LENGTHS,
     **RECURRENT,
+    **EMBEDDINGS,
     _T.__format__: _format,
     _T.data.__set__: _memory("data"),  # type: ignore[attr-defined] # a getset descriptor
     **{getattr(_T, name): _memory(name) for name in ("numpy", "data_ptr", "untyped_storage", "set_")},
