@@ -121,3 +121,14 @@ def test_a_template_of_a_mapped_function_keeps_what_each_member_leaves() -> None
     for call in range(3):
         assert_equal(run(params, x).detach(), torch.stack([model(x).detach() for model in models]))
         assert template.calls == call + 1
+
+
+def test_a_view_that_is_equal_in_all_members_is_written_in_a_list() -> None:
+    """The view did not learn of the write, and its gradient went past it."""
+
+    def func(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        view = (x * 1).narrow(-1, 0, 2)
+        torch._foreach_mul_([view], 0.5)
+        return view * own
+
+    check(func, numbers(3), numbers(2, 2, seed=1), in_dims=[None, 0])

@@ -148,20 +148,18 @@ def allowed_alone(func: Callable[..., Any], args: list[torch.Tensor]) -> bool:
     return True
 
 
-KEEPS_RESULT = ("lstm",)
 KEEPS_ARGUMENTS = ("lstm",)
 """Composite rules that keep more than the operation alone: an error where alone is none, never a wrong gradient."""
 
 
-def expect_refusal(request: pytest.FixtureRequest, name: str, known: tuple[str, ...]) -> None:
-    if name in known and "composites-" in request.node.name:
+def expect_refusal(request: pytest.FixtureRequest, name: str) -> None:
+    if name in KEEPS_ARGUMENTS and "composites-" in request.node.name:
         request.applymarker(pytest.mark.xfail(strict=True, reason="keeps what its second derivative needs"))
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_result_may_be_written_if_it_may_be_alone(name: str, request: pytest.FixtureRequest) -> None:
+def test_a_result_may_be_written_if_it_may_be_alone(name: str) -> None:
     """What a rule keeps for its backward is no more than what the operation keeps alone."""
-    expect_refusal(request, name, KEEPS_RESULT)
 
     def func(*own: torch.Tensor) -> Any:
         out = LAYERS[name][0](*own)
@@ -176,7 +174,7 @@ def test_a_result_may_be_written_if_it_may_be_alone(name: str, request: pytest.F
 @pytest.mark.parametrize("name", LAYERS)
 def test_an_argument_may_be_written_later_if_it_may_be_alone(name: str, request: pytest.FixtureRequest) -> None:
     """With the gradient of one argument asked for, and another written after its use."""
-    expect_refusal(request, name, KEEPS_ARGUMENTS)
+    expect_refusal(request, name)
     count = len(LAYERS[name][1])
     for wanted in range(count):
         for changed in range(count):

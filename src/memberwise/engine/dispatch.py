@@ -250,6 +250,8 @@ class Call:
             out = self._run_shared()
             if op.is_random and region.randomness == "same":
                 region.drawn()  # one draw for all
+            if op.written and op.counts:
+                self._count_writes()
             return self._wrap_equal(out)
         if self.differs and op.rule is None:
             self._settle_all()
