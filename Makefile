@@ -13,6 +13,7 @@ VENV  := .venv$(if $(TORCH),-$(TORCH))
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH := $(VENV)/.ready-bench
+THIRD := .venv-third-party
 
 # Small tensors run fastest on one thread; the tests use the cores by running side by side.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -77,6 +78,10 @@ coverage: $(READY) ## both sweeps, over all modules and operations of torch, and
 	$(ONE_THREAD) $(BIN)/python -m survey.operations
 	$(BIN)/python -m survey.coverage_page
 
+.PHONY: check-third-party
+check-third-party: $(THIRD)/.ready ## architectures of transformers, timm, PyG and others as stacks; half an hour, 6 GB
+	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(THIRD)/bin/python -m survey.third_party.run $(ARGS)
+
 # -- figures
 
 bench: $(BENCH) ## the first table of benchmarks/
@@ -105,6 +110,14 @@ $(READY): pyproject.toml constraints.txt tools/preflight.py
 $(BENCH): $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    --constraint $(VENV)/constraints.txt --editable '.[bench]'
+	@touch $@
+
+$(THIRD)/.ready: survey/third_party/requirements.txt survey/third_party/constraints.txt
+	@echo "Setting up $(THIRD); this happens once, and takes 6 GB."
+	@test -x $(THIRD)/bin/python || $(PYTHON) -m venv $(THIRD)
+	@$(THIRD)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    --constraint survey/third_party/constraints.txt --requirement survey/third_party/requirements.txt
+	@$(THIRD)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 clean: ## remove what the targets made

@@ -11,6 +11,7 @@ import copy
 import types
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -239,7 +240,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """A copy cut off from the member; `memo` keeps what is one object in two attributes one object."""
     if isinstance(value, _PLAIN):
         return value
-    if isinstance(value, _CONTAINERS) and not value:
+    if type(value) in _CONTAINERS and not value:
         return copy.copy(value)  # a module has ten dicts of hooks, most of them empty
     for leaf in tree_leaves(value):
         if isinstance(leaf, torch.Tensor) and id(leaf) not in memo:
@@ -260,7 +261,8 @@ def _alike(a: Any, b: Any, depth: int = 8) -> bool:
         alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and a.layout == b.layout
         return alike and unstackable(a) is None and torch.equal(a, b)
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(_alike(x, y, depth - 1) for x, y in zip(a, b, strict=True))
+        pairs = zip_longest(a, b, fillvalue=Missing)  # a class may refuse `len`
+        return all(_alike(x, y, depth - 1) for x, y in pairs)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_alike(a[key], b[key], depth - 1) for key in a)
     if isinstance(a, types.FunctionType):
@@ -286,7 +288,7 @@ def _captured(function: types.FunctionType) -> tuple[Any, ...]:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, _PLAIN) or (isinstance(value, _CONTAINERS) and not value):
+    if isinstance(value, _PLAIN) or (type(value) in _CONTAINERS and not value):
         return []
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 

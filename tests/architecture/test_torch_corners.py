@@ -150,15 +150,24 @@ def test_a_users_backward_runs_inside_what_its_forward_ran_in() -> None:
             return grad * 3
 
     before = torch.autograd.Function.__dict__["apply"]
-    functions.enter_functions(lambda: Inside, tuple)
+    functions.enter_functions(lambda modules: events.append(f"modules: {modules}") or Inside, tuple)
     try:
         x = torch.ones(2, requires_grad=True)
         out = Triple.apply(x)
+        Plain.apply(x, 2.0, (3, "how"))
+        Plain.apply(x, torch.relu)
     finally:
         functions.leave_functions()
     assert torch.autograd.Function.__dict__["apply"] is before, "the replacement outlived the call"
     out.sum().backward()
-    assert events == ["in", "backward", "out"]
+    told = ["modules: True", "modules: False", "modules: True"]  # a local class may see modules
+    assert events == [*told, "in", "backward", "out"]
+
+
+class Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *_):
+        return x.clone()
 
 
 def test_in_dims_broadcast_as_torch_vmap_does() -> None:

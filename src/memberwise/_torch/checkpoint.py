@@ -60,6 +60,11 @@ class recomputed_inside:  # a context manager, named as one; a class costs a thi
         _local.active = self._before
 
 
+def surroundings() -> tuple[Surroundings, ...]:
+    """What is active in this thread, outermost first."""
+    return _local.active
+
+
 def _install() -> None:
     global _installed, _originals
     with _lock:

@@ -76,16 +76,33 @@ def users_functions() -> bool:
     return _known
 
 
-def _nowhere() -> None:
+def _nowhere(_: bool) -> None:
     """No region runs."""
 
 
-_around: Callable[[], Callable[[], AbstractContextManager[Any]] | None] = _nowhere
+_around: Callable[[bool], Callable[[], AbstractContextManager[Any]] | None] = _nowhere
 _prepare: Callable[[Any], Any] = tuple
 
 
+_VALUES = frozenset({int, float, complex, bool, str, type(None), torch.dtype, torch.device, torch.Size})
+
+
+def _may_run_modules(cls: type[Function], args: tuple[Any, ...]) -> bool:
+    """Whether a Function's backward may call modules: it is given something else than tensors and plain values (the
+    function of a differential equation), or is made where it can see some. Checkpoints, torch's own, see to it."""
+    if cls.__module__.startswith(_TORCHS_OWN):
+        return False
+    return "<locals>" in cls.__qualname__ or not all(map(_is_value, args))
+
+
+def _is_value(arg: Any) -> bool:
+    if type(arg) in (list, tuple):
+        return all(map(_is_value, arg))
+    return type(arg) in _VALUES or isinstance(arg, torch.Tensor)
+
+
 def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-    around = _around()
+    around = _around(_may_run_modules(cls, args))
     if around is not None:
         args = _prepare(args)
     out = _original.__get__(None, cls)(*args, **kwargs)
@@ -108,10 +125,11 @@ def _inside(apply: Callable[..., Any], around: Callable[[], AbstractContextManag
 _patched = classmethod(_apply)
 
 
-def enter_functions(around: Callable[[], Any], prepare: Callable[[Any], Any]) -> None:
-    """From here on, nodes of users' Functions run their backward inside `around()()`.
+def enter_functions(around: Callable[[bool], Any], prepare: Callable[[Any], Any]) -> None:
+    """From here on, nodes of users' Functions run their backward inside `around(modules)()`.
 
-    `around` answers for the calling thread, with None where no region runs in it. `prepare` is given the arguments of
+    `around` answers for the calling thread, with None where no region runs in it; it is told whether the backward may
+    call modules. `prepare` is given the arguments of
     a Function, which torch does not show to anybody.
     """
     global _depth, _around, _prepare

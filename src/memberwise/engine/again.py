@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 
+from memberwise._torch.checkpoint import surroundings
 from memberwise._torch.dispatch import mode_depth, pop_mode, push_mode
+from memberwise._torch.functions import enter_functions, leave_functions, users_functions
 from memberwise.engine import lowering
 from memberwise.engine.ambient import Region
+from memberwise.engine.closures import function_arguments
 from memberwise.engine.slots import Slots, Swap
 
 
@@ -47,13 +50,48 @@ def take_off(region: Region) -> None:
         pass
 
 
-def current() -> Callable[[], AbstractContextManager[Any]] | None:
-    """What runs a user's backward inside the call that runs now; None where none does."""
+def watch_functions() -> bool:
+    """From here on, until `leave_functions`, users' Functions run their backward as their forward ran; False if there
+    are none."""
+    known = users_functions()
+    if known:
+        enter_functions(_current, function_arguments)
+    return known
+
+
+@contextmanager
+def watched_functions() -> Iterator[None]:
+    """`watch_functions` within the block."""
+    watched = watch_functions()
+    try:
+        yield
+    finally:
+        if watched:
+            leave_functions()
+
+
+def _current(modules: bool) -> Callable[[], AbstractContextManager[Any]] | None:
+    """What runs a user's backward inside the call that runs now, its members in place if it may call `modules`.
+
+    None where no call runs. To put members in place takes a microsecond for each of their tensors.
+    """
+    if modules and surroundings():
+        return partial(_within, surroundings())
     return partial(inside, local.regions[-1]) if local.regions else None
+
+
+@contextmanager
+def _within(made_in: tuple[Callable[[], AbstractContextManager[Any]], ...]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for around in made_in:
+            stack.enter_context(around())
+        yield
 
 
 class Surroundings:
     """What a checkpoint made in a call is recomputed in: its mode, its members in place, its streams as they were.
+
+    Called, it gives the same for a Function's backward, for which streams stand where they do.
 
     `apart()` lets the modules that part ways run by members, as they did.
     """
@@ -75,6 +113,17 @@ class Surroundings:
         """Remember where the members' streams stand now."""
         states = [generator.get_state() for generator in self.region.generators or ()]
         return partial(self._again, states)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        if self.region in local.regions:
+            yield
+            return
+        with ExitStack() as stack:
+            for slots, swap in self.swaps:
+                stack.enter_context(slots.again(swap, self.region))
+            with inside(self.region), self.apart():
+                yield
 
     @contextmanager
     def _again(self, states: list[torch.Tensor]) -> Iterator[None]:

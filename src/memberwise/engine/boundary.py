@@ -12,11 +12,10 @@ import torch
 from memberwise._torch.checkpoint import StopRecomputation, recomputed_inside
 from memberwise._torch.dispatch import has_tangents, mode_depth, push_mode
 from memberwise._torch.dynamo import uncompiled
-from memberwise._torch.functions import enter_functions, leave_functions, users_functions
+from memberwise._torch.functions import leave_functions
 from memberwise.engine import again, grouped, lowering, retreat, trace
 from memberwise.engine.ambient import Region
 from memberwise.engine.arguments import Arguments, mapped
-from memberwise.engine.closures import function_arguments
 from memberwise.engine.memory import keep_freed
 from memberwise.engine.outputs import bad, check_out_dims, outputs
 from memberwise.engine.parted import Place, apart, memory_of, signature_of
@@ -193,9 +192,7 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
     templates = None if arguments.slots else Before()
     region.start()
     again.local.regions = (*outer, region)
-    functions = users_functions()
-    if functions:
-        enter_functions(again.current, function_arguments)
+    functions = again.watch_functions()
     region.depth = mode_depth()
     push_mode(region)
     try:

@@ -9,10 +9,10 @@ import torch
 from memberwise._torch.functorch import Unbatchable, batch, restored_keys
 from memberwise.engine import draws, trace
 from memberwise.engine.ambient import Region
-from memberwise.engine.layout import lone_strides, relaid
+from memberwise.engine.layout import relaid
 from memberwise.engine.operation import Operation
 from memberwise.engine.signals import Decline, part_ways
-from memberwise.engine.slices import member_slice, stack_results
+from memberwise.engine.slices import lone_strides, member_slice, stack_results
 from memberwise.engine.strict import blame
 from memberwise.errors import EngineError, fail
 
@@ -76,13 +76,13 @@ def _as_alone(op: Operation, out: Any, values: Any, dims: Any, kwargs: Any) -> A
 
 
 _STRIDES: dict[Any, Any] = {}
-"""What `lone_strides` found: the meta device takes milliseconds where torch computes shapes in Python."""
+"""What `lone_strides` found."""
 _MOST_STRIDES = 10_000
 
 
 def _geometry(values: Any, dims: Any) -> Any:
     return tuple(
-        (value.shape, value.stride(), value.dtype, dim)
+        (value.shape, value.stride(), value.dtype, value.device, dim)
         if isinstance(value, torch.Tensor)
         else _geometry(value, dim if isinstance(dim, list) else [dim] * len(value))
         if isinstance(value, list | tuple)

@@ -5,12 +5,9 @@ Both replace memory, so every tensor on that memory changes together; `_family` 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.autograd.graph import increment_version
 
-from memberwise._torch.dispatch import without_dispatch
 from memberwise.engine.tensor import MemberTensor
 
 
@@ -62,33 +59,6 @@ def relaid(inner: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     memory = inner.new_empty_strided((inner.shape[0], *shape), (extent, *strides))
     return memory.copy_(inner)
-
-
-def lone_strides(func: Any, values: Any, dims: Any, kwargs: Any) -> Any:
-    """The strides of what `func` returns alone, in the structure of its result; found on the meta device."""
-    try:
-        with without_dispatch():
-            args = [_shadow(value, dim) for value, dim in zip(values, dims, strict=True)]
-            named = {name: _shadow(value, None) for name, value in kwargs.items()}
-            return _strides(func(*args, **named))
-    except (RuntimeError, NotImplementedError, TypeError):
-        return None  # no meta kernel: taken to be contiguous
-
-
-def _shadow(value: Any, dim: Any) -> Any:
-    if isinstance(value, list | tuple):
-        dims = dim if isinstance(dim, list) else [dim] * len(value)
-        return [_shadow(entry, at) for entry, at in zip(value, dims, strict=True)]
-    if not isinstance(value, torch.Tensor):
-        return value
-    start = 0 if dim is None else 1
-    return torch.empty_strided(value.shape[start:], value.stride()[start:], dtype=value.dtype, device="meta")
-
-
-def _strides(out: Any) -> Any:
-    if isinstance(out, torch.Tensor):
-        return out.stride()
-    return [_strides(entry) for entry in out] if isinstance(out, list | tuple) else None
 
 
 def settle(member: MemberTensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from memberwise.engine.tensor import MemberTensor
 from memberwise.engine.values import is_own
 from memberwise.engine.written import from_outside
 from memberwise.errors import ArgumentError, fail
-from memberwise.trees import tree_leaves, tree_map
+from memberwise.trees import is_open, tree_leaves, tree_map
 
 
 def outputs(out: Any, out_dims: Any, region: Region, name: str) -> Any:
@@ -31,7 +31,7 @@ def _leaf(leaf: Any, dim: int | None, region: Region, name: str) -> Any:
     if is_own(leaf):
         return [*leaf._values]
     if not isinstance(leaf, torch.Tensor):
-        return leaf
+        return _object(leaf, dim, region, name) if is_open(leaf) else leaf
     inside = isinstance(leaf, region.tensor_class) or functorch_active()
     if isinstance(leaf, MemberTensor):
         settle(leaf)  # as torch.stack of the lone results lies
@@ -47,6 +47,17 @@ def _leaf(leaf: Any, dim: int | None, region: Region, name: str) -> Any:
             f"Dimension out of range (expected to be in range of [{-stacked.ndim}, {stacked.ndim - 1}], but got {dim})"
         )
     return stacked.movedim(0, dim) if dim else stacked
+
+
+def _object(leaf: Any, dim: int | None, region: Region, name: str) -> Any:
+    """An object that holds member tensors (a cache) as one that holds plain ones; it is one leaf to `out_dims`."""
+    if not any(isinstance(held, MemberTensor) for held in tree_leaves(leaf, objects=True)):
+        return leaf
+
+    def out(held: Any) -> Any:
+        return _leaf(held, dim, region, name) if isinstance(held, torch.Tensor) else held
+
+    return tree_map(out, leaf, objects=True)
 
 
 def leaf_dims(name: str, out: Any, out_dims: Any) -> list[int | None]:

@@ -14,7 +14,7 @@ from memberwise.engine.outputs import leaf_dims
 from memberwise.engine.slots import Mode, Slots, put_in_mode
 from memberwise.engine.turns import Split, in_turns
 from memberwise.errors import EngineError, fail
-from memberwise.trees import tree_leaves, tree_transpose_map
+from memberwise.trees import holds_tensors, tree_leaves, tree_map, tree_transpose_map
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,9 @@ def _joined(outs: list[Any], split: Split, out_dims: Any, name: str) -> Any:
 
 def _joined_leaf(row: list[Any], dim: int | None, split: Split, name: str) -> Any:
     if not isinstance(row[0], torch.Tensor):
+        if holds_tensors(row[0]):
+            columns = iter(zip(*(tree_leaves(value, objects=True) for value in row), strict=True))
+            return tree_map(lambda _: _joined_leaf([*next(columns)], dim, split, name), row[0], objects=True)
         return row[0] if all(value is row[0] or value == row[0] for value in row) else _by_member(row, split)
     if dim is None:
         return row[0]

@@ -18,10 +18,12 @@ from memberwise._torch.backward import in_backward
 from memberwise._torch.checkpoint import recomputed_inside
 from memberwise._torch.dispatch import DispatchMode, suspended
 from memberwise.engine import trace
+from memberwise.engine.again import watched_functions
 from memberwise.engine.ambient import Region, refuse_to_draw_again
 from memberwise.engine.arguments import Arguments
 from memberwise.engine.crossing import enter, leave
 from memberwise.engine.draws import draws
+from memberwise.engine.holders import held_one_by_one
 from memberwise.engine.layout import count_write
 from memberwise.engine.operation import describe
 from memberwise.engine.rows import Rows
@@ -33,7 +35,7 @@ from memberwise.engine.turns import Showing, one_by_one
 from memberwise.engine.values import is_own
 from memberwise.errors import EngineError, fail
 from memberwise.generators import drawing_from, global_generators, restoring
-from memberwise.trees import tree_leaves, tree_map
+from memberwise.trees import holds_tensors, tree_leaves, tree_map
 
 Swaps = list[tuple[Slots, Swap]]
 
@@ -119,18 +121,22 @@ def _forward_by_members(
     start = trace.clock()
     with suspended(region):
         rows = _MemberRows(region)
-        inputs, rebuild = _left((args, kwargs), rows)
         slots = _slots_inside(module, whole)
-        _prepare_undo(region, [*slots.tensors(), *((leaf, True) for leaf in tree_leaves((args, kwargs)))])
+        given = tree_leaves((args, kwargs), objects=True)
+        _prepare_undo(region, [*slots.tensors(), *((leaf, True) for leaf in given)])
         outs = []
 
-        def join(row: Any) -> torch.Tensor:
-            return enter([torch.stack(row)], [True], region)[0]
+        def into(stacked: torch.Tensor) -> torch.Tensor:
+            return enter([stacked], [True], region)[0]
 
-        with one_by_one(slots, region.batch_size, rows.of, join, region) as turns:
+        own_args, own_kwargs = [*args], kwargs
+        with (
+            one_by_one(slots, region.batch_size, rows.of, lambda row: into(torch.stack(row)), region) as turns,
+            held_one_by_one((own_args, own_kwargs), rows.own, lambda row: stack_outputs(row, into, region)) as held,
+        ):
             for i in range(region.batch_size):
                 turns.show(i)
-                own_args, own_kwargs = rebuild([column[i] for column in inputs])
+                held.show(i)
                 try:
                     inner = recomputed_inside(partial(turns.again, i), instead=True)
                     with inner, rows.turn(), _stream(region, i):
@@ -139,7 +145,8 @@ def _forward_by_members(
                     error._raised_alone_in = module  # type: ignore[attr-defined] # read by is_lone
                     raise
                 turns.collect()
-        result = stack_outputs(outs, lambda stacked: enter([stacked], [True], region)[0], region)
+                held.collect()
+        result = stack_outputs(outs, into, region)
     region.drawn()
     rows.write_back()
     if trace.active is not None:
@@ -205,6 +212,11 @@ class _MemberRows:
             self._of[id(member)] = member, base, base.grad_fn, self._rows.of(base, whole=_outside(member))
         return self._of[id(member)][3]
 
+    def own(self, leaf: Any, member: int) -> Any:
+        if is_own(leaf):
+            return leaf._values[member]
+        return self.of(leaf)[member] if isinstance(leaf, MemberTensor) else leaf
+
     def turn(self) -> AbstractContextManager[None]:
         return self._rows.turn()
 
@@ -255,7 +267,7 @@ def by_members(func: Callable[..., Any], arguments: Arguments, out_dims: Any, re
         for leaf, dim in zip(arguments.leaves, arguments.dims, strict=True)
     ]
     outs: list[Any] = []
-    with ExitStack() as stack:
+    with ExitStack() as stack, watched_functions():
         solos = {
             k: stack.enter_context(one_by_one(leaf, region.batch_size, rows.of, torch.stack))
             for k, leaf in enumerate(arguments.leaves)
@@ -308,12 +320,23 @@ def stack_outputs(outs: list[Any], finish: Callable[[torch.Tensor], Any], region
 def _stack_row(row: list[Any], finish: Callable[[torch.Tensor], Any], region: Region | None) -> Any:
     first = row[0]
     if not isinstance(first, torch.Tensor):
+        if holds_tensors(first):
+            return _stack_objects(row, finish, region)
         same = all(type(value) is type(first) and bool(value == first) for value in row)
         return first if same else row
     if any(value.shape != first.shape for value in row):
         shapes = sorted({tuple(value.shape) for value in row})
         _cannot_stack(f"the members return tensors of shapes {shapes}", region)
     return finish(torch.stack(row))
+
+
+def _stack_objects(row: list[Any], finish: Callable[[torch.Tensor], Any], region: Region | None) -> Any:
+    """Objects that hold tensors (caches), as one that holds them stacked."""
+    columns = [tree_leaves(value, objects=True) for value in row]
+    if any(len(column) != len(columns[0]) for column in columns):
+        _cannot_stack(f"the members return {type(row[0]).__name__}s that hold different things", region)
+    held = iter(zip(*columns, strict=True))
+    return tree_map(lambda _: _stack_row(list(next(held)), finish, region), row[0], objects=True)
 
 
 def _cannot_stack(what: str, region: Region | None) -> None:
@@ -326,7 +349,8 @@ def _stack_at(outs: list[Any], out_dims: Any) -> Any:
     from memberwise.engine.outputs import leaf_dims
 
     pairs = zip(leaf_dims("func", outs[0], out_dims), tree_leaves(outs[0]), strict=True)
-    dims = iter([dim for dim, leaf in pairs if isinstance(leaf, torch.Tensor)])
+    held = ((dim, one) for dim, leaf in pairs for one in tree_leaves(leaf, objects=True))  # of an object all alike
+    dims = iter([dim for dim, one in held if isinstance(one, torch.Tensor)])
 
     def place(stacked: torch.Tensor) -> Any:
         dim = next(dims)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from memberwise._torch.dispatch import without_dispatch
+from memberwise._torch.functorch import restored_keys
 from memberwise.engine.layout import relaid
 from memberwise.engine.signals import part_ways
 
@@ -18,6 +20,26 @@ def member_slice(value: Any, dim: Any, index: int) -> Any:
     if isinstance(dim, list):
         return [member_slice(entry, at, index) for entry, at in zip(value, dim, strict=True)]
     return value if dim is None else value.select(0, index)
+
+
+def lone_strides(func: Any, values: Any, dims: Any, kwargs: Any) -> Any:
+    """The strides of what `func` returns alone, in the structure of its result: of member 0, run for it.
+
+    The meta device, which would need no run, gives others for some operations (group norm, in torch 2.14).
+    """
+    try:
+        with without_dispatch(), restored_keys():
+            return _strides(
+                func(*(member_slice(value, dim, 0) for value, dim in zip(values, dims, strict=True)), **kwargs)
+            )
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None  # it runs for all members at once only: taken to be contiguous
+
+
+def _strides(out: Any) -> Any:
+    if isinstance(out, torch.Tensor):
+        return out.stride()
+    return [_strides(entry) for entry in out] if isinstance(out, list | tuple) else None
 
 
 def stack_results(outs: list[Any], op: Operation, region: Region) -> Any:

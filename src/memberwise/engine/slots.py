@@ -21,6 +21,7 @@ from memberwise._torch.recurrent import LISTS, follow, kept_lists, put_back
 from memberwise.engine import values
 from memberwise.engine.ambient import Region
 from memberwise.engine.crossing import enter, leave
+from memberwise.engine.holders import copied, is_small, refilled
 from memberwise.engine.lowering import Raised
 from memberwise.engine.parted import Parted
 from memberwise.engine.tensor import MemberTensor
@@ -87,14 +88,29 @@ class Swap:
     attributes: list[tuple[nn.Module, dict[str, Any]]]
     recurrent: list[tuple[nn.RNNBase, dict[str, Any]]]
     shown: dict[tuple[nn.Module, str], tuple[Any, Any]]
+    leaves: dict[tuple[nn.Module, str], list[Any]]
+    copies: dict[int, Any]
 
     def hide(self) -> None:
-        """Put back the attributes that were shown, as far as they still are what was shown."""
-        for (module, name), (shown, kept) in self.shown.items():
-            if module.__dict__.get(name) is shown:
+        """Put back the attributes that were shown, as far as they still are, and hold, what was shown."""
+        for place, (shown, kept) in self.shown.items():
+            module, name = place
+            if module.__dict__.get(name) is shown and self._is_unwritten(place):
                 module.__dict__[name] = kept
         for module, lists in self.recurrent:
             put_back(module, lists)
+
+    def given_back(self, place: tuple[nn.Module, str], found: Any, value: Any) -> Any:
+        """The list or dict that an attribute held, with what a call has left in the copy that it was shown."""
+        shown, kept = self.shown.get(place, (self, None))
+        return refilled(kept, value) if found is shown else value
+
+    def _is_unwritten(self, place: tuple[nn.Module, str]) -> bool:
+        before = self.leaves.get(place)
+        if before is None:
+            return True
+        now = tree_leaves(self.shown[place][0])
+        return len(now) == len(before) and all(map(is_, now, before))
 
 
 class Slots:
@@ -116,6 +132,7 @@ class Slots:
             tensors. Only a run by members shows them.
         raised: functions that are called with all tensors raised.
         aliases: plain attributes, by (module, attribute), that lead to parameters or buffers.
+        holders: plain attributes that are lists or dicts: a call shows copies, and writes back what it leaves in them.
         lock: held by the thread in which a call shows members in the template.
     """
 
@@ -132,6 +149,7 @@ class Slots:
         self.raised = Raised()
         self.carried: dict[tuple[nn.Module, str], Any] = {}
         self.aliases: list[tuple[nn.Module, str]] = []
+        self.holders: dict[tuple[nn.Module, str], None] = {}
         self.lock = threading.RLock()
         self._modules: list[nn.Module] = []
 
@@ -170,6 +188,12 @@ class Slots:
         ]
         self._recurrent = [module for module in self._modules if isinstance(module, nn.RNNBase)]
         self.aliases = self._find_aliases()
+        self.holders = dict.fromkeys(
+            (module, name)
+            for module in self._custom
+            for name, value in vars(module).items()
+            if name not in MODULE_ATTRIBUTES and is_small(value)
+        )
 
     def _find_aliases(self) -> list[tuple[nn.Module, str]]:
         """The plain attributes that lead to parameters or buffers: `self.weights = [self.a.weight, ...]`."""
@@ -185,7 +209,7 @@ class Slots:
     def __getstate__(self) -> dict[str, Any]:
         names = "template shared members generators apart retreats parted carried settings variants"
         kept = {name: self.__dict__[name] for name in names.split()}
-        return {"_modules": [], "aliases": [], **kept}  # places are found again
+        return {"_modules": [], "aliases": [], "holders": {}, **kept}  # places are found again
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.RLock(), raised=Raised())
@@ -236,7 +260,7 @@ class Slots:
                 place.owner[place.name] = member
         for module in self._recurrent:
             follow(module)
-        swap = Swap(originals, members, attributes, recurrent, {})
+        swap = Swap(originals, members, attributes, recurrent, {}, {}, {})
         if self.aliases:
             own = {id(one): member for one, member in zip(originals, members, strict=True)}
             for place in self.aliases:
@@ -246,6 +270,9 @@ class Slots:
                 self._show(swap, place, lambda leaf: _as_member(leaf, region))
         for place in self.settings:
             self._show(swap, place, lambda leaf: values.bound(leaf, region))
+        for place in self.holders:
+            if place not in swap.shown and is_small(place[0].__dict__.get(place[1])):
+                self._show(swap, place, lambda leaf: leaf)
         return swap
 
     def _enter_unique(
@@ -263,8 +290,10 @@ class Slots:
         module, name = place
         now = module.__dict__.get(name)
         _, kept = swap.shown.get(place, (None, now))
-        module.__dict__[name] = shown = tree_map(as_member, now)
+        module.__dict__[name] = shown = copied(now, as_member, swap.copies)
         swap.shown[place] = shown, kept
+        if type(shown) in (list, dict):
+            swap.leaves[place] = tree_leaves(shown)
 
     def leave(self, swap: Swap, region: Region) -> None:
         """Put the stacked tensors back; what the module assigned to a place or an attribute is kept, stacked."""
@@ -280,18 +309,24 @@ class Slots:
             if len(now) != len(before) or not all(map(is_, now.values(), before.values())):
                 for name in now.keys() - MODULE_ATTRIBUTES:
                     if before.get(name) is not now[name]:
-                        self._carry_out(module, name, now[name], region)
+                        self._carry_out(module, name, swap, region)
 
-    def _carry_out(self, module: nn.Module, name: str, value: Any, region: Region) -> None:
+    def _carry_out(self, module: nn.Module, name: str, swap: Swap, region: Region) -> None:
         """Keep what has members' values in it, all of its tensors stacked."""
+        value = found = module.__dict__[name]
         self.carried.pop((module, name), None)
         if any(map(values.is_own, tree_leaves(value))):
-            module.__dict__[name] = value = values.bound(value, None)
+            value = values.bound(value, None)
             self.settings.add((module, name))
-        if any(isinstance(leaf, MemberTensor) for leaf in tree_leaves(value)):
-            kept = tree_map(lambda leaf: leave(leaf, region) if isinstance(leaf, torch.Tensor) else leaf, value)
-            module.__dict__[name] = kept
-            self.carried[module, name] = kept
+        stacked = any(isinstance(leaf, MemberTensor) for leaf in tree_leaves(value))
+        if stacked:
+            value = tree_map(lambda leaf: leave(leaf, region) if isinstance(leaf, torch.Tensor) else leaf, value)
+        if is_small(value):
+            self.holders[module, name] = None
+            value = swap.given_back((module, name), found, value)
+        module.__dict__[name] = value
+        if stacked:
+            self.carried[module, name] = value
 
     @contextmanager
     def again(self, swap: Swap, region: Region) -> Iterator[None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from torch import nn
 
 from memberwise._torch.checkpoint import StopRecomputation
 from memberwise._torch.recurrent import LISTS, follow
+from memberwise._torch.versions import set_versions, version
 from memberwise.engine import values
+from memberwise.engine.holders import copied, is_small, refilled
 from memberwise.engine.slots import MODULE_ATTRIBUTES, Slots, table_of
 from memberwise.engine.tensor import MemberTensor
 from memberwise.errors import EngineError, build
-from memberwise.trees import tree_leaves, tree_map, tree_transpose_map
+from memberwise.trees import tree_leaves, tree_transpose_map
 
 _NOT_LEFT = MODULE_ATTRIBUTES.union(LISTS)
 """Attributes that hold no values of a turn."""
@@ -96,6 +99,7 @@ class Showing:
         }
         self.pieces: list[Any] = [[None] * len(turns) if one is None else pieces[id(one)] for one in self.originals]
         self._variants = {place: (table_of(*place)[place[1]], own) for place, own in slots.variants.items()}
+        self._memory = [[*map(_memory, own)] for own in self.pieces] if alone else []
         self._own = self._own_attributes(pieces)
         self._left: list[tuple[list[Any], dict[tuple[nn.Module, str], Any]]] = []
 
@@ -103,6 +107,8 @@ class Showing:
         """What each turn sees in attributes that lead to parameters, or that former calls have left."""
         shown = {key: vars(key[0]).get(key[1]) for key in self.slots.aliases}
         shown |= {key: kept for key, kept in self._carried.items() if vars(key[0]).get(key[1]) is kept}
+        held = ((key, vars(key[0]).get(key[1])) for key in self.slots.holders)
+        shown |= {key: value for key, value in held if is_small(value)}
         leaves = [leaf for value in shown.values() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
         own = {id(leaf): self._cut(leaf) for leaf in leaves if id(leaf) not in pieces and _is_stacked(leaf)}
         self._written = [(leaf, own[id(leaf)]) for leaf in leaves if id(leaf) in own]
@@ -111,7 +117,11 @@ class Showing:
         def of_turn(turn: int) -> Callable[[Any], Any]:
             return lambda leaf: own[id(leaf)][turn] if id(leaf) in own else leaf
 
-        found = {key: [tree_map(of_turn(turn), one) for turn in range(len(self._turns))] for key, one in shown.items()}
+        copies: list[dict[int, Any]] = [{} for _ in self._turns]
+        found = {
+            key: [copied(one, of_turn(turn), memo) for turn, memo in enumerate(copies)] for key, one in shown.items()
+        }
+        self._leaves = {key: [*map(tree_leaves, pieces)] for key, pieces in found.items()}
         for module, name in self.slots.settings:
             kept = found.get((module, name), [vars(module).get(name)] * len(self._turns))
             found[module, name] = [*map(self._settings_of, kept, self._turns)]
@@ -168,7 +178,9 @@ class Showing:
         self._left.append(([place.owner.get(place.name) for place in self.places], attributes))
 
     def _is_left(self, value: Any, before: Any, key: tuple[nn.Module, str]) -> bool:
-        return value is not before and not (key in self._own and value is self._own[key][self._turn])
+        if key in self._own and value is self._own[key][self._turn]:
+            return key in self._leaves and not _same(tree_leaves(value), self._leaves[key][self._turn])
+        return value is not before
 
     def restore(self) -> None:
         """Show the whole stack again, as it was."""
@@ -190,8 +202,10 @@ class Showing:
         """Put together what all turns have left."""
         for k, (place, original, pieces) in enumerate(zip(self.places, self.originals, self.pieces, strict=True)):
             left = [found[k] for found, _ in self._left]
-            if len(left) == len(pieces) and any(now is not piece for now, piece in zip(left, pieces, strict=True)):
+            if len(left) == len(pieces) and not _same(left, pieces):
                 place.owner[place.name] = self._join(left)
+            elif self._alone and [*map(_memory, pieces)] != self._memory[k]:
+                _overwrite(original, self._join(left))
             elif original is not None and not place.shared:
                 write_back(original, pieces)
         for original, pieces in self._written:
@@ -215,14 +229,19 @@ class Showing:
         rows = [tree_leaves(value) for value in left]
         apart = left[0] is not left[-1] and any(isinstance(leaf, torch.Tensor) for leaf in rows[0])
         if not apart or not (self._alone or self._is_carried(module, name)):
-            module.__dict__[name] = self._value_of_all(module, name, left)
+            module.__dict__[name] = self._same_object(module, name, left, self._value_of_all(module, name, left))
             return
         try:
             whole = tree_transpose_map(self._join_row, left)
         except (RuntimeError, ValueError, IndexError) as error:
             what = f"members leave values of different shapes in the attribute '{name}' of {type(module).__name__}"
             raise build(EngineError, "MW203", what, do="Pad them to one shape, or keep them elsewhere") from error
-        module.__dict__[name] = self.slots.carried[module, name] = whole
+        module.__dict__[name] = self.slots.carried[module, name] = self._same_object(module, name, left, whole)
+
+    def _same_object(self, module: nn.Module, name: str, left: list[Any], whole: Any) -> Any:
+        """The list or dict that was there, holding what `whole` holds, if the turns have written to it."""
+        found = self._own.get((module, name), [])
+        return refilled(vars(module).get(name), whole) if _same(left, found) else whole
 
     def _value_of_all(self, module: nn.Module, name: str, left: list[Any]) -> Any:
         """Plain values in which members differ stay each one's own; of others the last stays, as in a loop."""
@@ -243,6 +262,24 @@ class Showing:
 
     def _join_row(self, row: list[Any]) -> Any:
         return self._join(row) if isinstance(row[0], torch.Tensor) else row[-1]
+
+
+def _memory(piece: Any) -> int:
+    """Where a member's tensor lies: it moves with `w.data = other`."""
+    plain = type(piece) in (torch.Tensor, nn.Parameter) and piece.layout is torch.strided
+    return piece.data_ptr() if plain else 0
+
+
+def _overwrite(original: torch.Tensor, joined: torch.Tensor) -> None:
+    """What members have set by `w.data = other`, which autograd counts as no write."""
+    before = version(original)
+    with torch.no_grad():
+        original.copy_(joined)
+    set_versions([original], [before])
+
+
+def _same(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and all(map(is_, now, before))
 
 
 _PLAIN = (bool, int, float, complex, str, bytes)

@@ -8,6 +8,7 @@ import torch
 
 from memberwise.engine.signals import Decline
 from memberwise.rules.axis import expanded, shift_all, shifted
+from memberwise.rules.folding import is_channels_last
 from memberwise.rules.registry import register_rule
 
 _aten = torch.ops.aten
@@ -134,11 +135,15 @@ def unbind(info: Any, in_dims: Any, x: torch.Tensor, dim: int = 0) -> Any:
     return parts, [0] * len(parts)
 
 
+_IN_ORDER = Decline("memory in channels_last order, in which the result lies alone")
+
+
 @register_rule(_aten.cat.default)
 def cat(info: Any, in_dims: Any, tensors: Any, dim: int = 0) -> Any:
     """One dimension further; shared tensors are expanded. torch's old empty (0,) tensors are left out."""
-    held = in_dims[0]
-    parts = [expanded(t, at, info.batch_size) for t, at in zip(tensors, held, strict=True)]
+    parts = [expanded(t, at, info.batch_size) for t, at in zip(tensors, in_dims[0], strict=True)]
+    if any(map(is_channels_last, parts)):
+        return _IN_ORDER
     parts = [part for part in parts if part.ndim != 2 or part.shape[1] != 0] or parts[:1]
     return torch.cat(parts, shifted(dim, parts[0].ndim - 1)), 0
 
@@ -147,6 +152,8 @@ def cat(info: Any, in_dims: Any, tensors: Any, dim: int = 0) -> Any:
 def stack(info: Any, in_dims: Any, tensors: Any, dim: int = 0) -> Any:
     """One dimension further; shared tensors are expanded."""
     parts = [expanded(t, at, info.batch_size) for t, at in zip(tensors, in_dims[0], strict=True)]
+    if any(map(is_channels_last, parts)):
+        return _IN_ORDER
     return torch.stack(parts, shifted(dim, parts[0].ndim)), 0
 
 

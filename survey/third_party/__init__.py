@@ -1,0 +1,1 @@
+"""Architectures that others wrote, each as a stack and in a loop: `make check-third-party`."""
