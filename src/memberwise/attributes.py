@@ -276,7 +276,8 @@ def _alike(a: Any, b: Any, depth: int = 8) -> bool:
     if isinstance(a, weakref.ref):
         return True
     try:
-        return bool(a == b) or (a != a and b != b)
+        same = a == b
+        return bool(same.all() if hasattr(same, "all") else same) or bool(a != a and b != b)
     except Exception:  # a class may refuse to be compared
         return False
 

@@ -230,7 +230,7 @@ def _made(gathered: Gathered, attributes: Attributes, stacklevel: int) -> Stack:
     slow = settle(slots, attributes, gathered.settings)
     if slow:
         do = "Each runs with its own, and the modules that hold these run member by member, as slow as a loop"
-        warn_of_settings({path: gathered.settings[path] for path in slow}, do, stacklevel + 1)
+        warn_of_settings(slow, do, stacklevel + 1)
     return out
 
 

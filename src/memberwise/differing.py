@@ -16,15 +16,13 @@ from torch import nn
 from memberwise._torch.modules import forward_hooks
 from memberwise.attributes import WHOLE, Attributes, Missing
 from memberwise.engine.slots import HOOKS, MODULE_ATTRIBUTES, Slots, on_the_tensors_of
-from memberwise.engine.values import is_own, own
+from memberwise.engine.values import by_identity, is_own, own
+from memberwise.settings import is_by_the_way
 from memberwise.trees import tree_leaves, tree_transpose_map
 
-_BY_EQUALITY = (int, float, complex, str, bytes)
-"""Values that code compares with `==`; a bool is an int, and is not among them."""
 
-
-def settle(slots: Slots, attributes: Attributes, settings: Mapping[str, Sequence[Any]]) -> list[str]:
-    """Put in place what members differ in; answers which settings make modules run member by member.
+def settle(slots: Slots, attributes: Attributes, settings: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    """Put in place what members differ in; answers what of it makes modules run member by member, one value each.
 
     Args:
         slots: of the stack.
@@ -33,25 +31,28 @@ def settle(slots: Slots, attributes: Attributes, settings: Mapping[str, Sequence
             (caches, names) make no module run by members.
     """
     modules = dict(slots.template.named_modules(remove_duplicate=False))
-    slow: list[str] = []
+    slow: dict[str, tuple[Any, ...]] = {}
     for (path, name), values in attributes.differing.items():
+        whole = f"{path}.{name}".strip(".")
         parent = modules[path.rpartition(".")[0]]
-        found = [*_below(f"{path}.{name}".strip(".") if name != WHOLE else path, settings)]
         if name == WHOLE:
+            found = [*_below(path, settings)]
             parent = _settle_variants(slots, parent, path.rpartition(".")[2], values)
         elif name in HOOKS:
             found = [*_below(f"{path}.(forward hooks)".strip("."), settings)]
             if found:
                 slots.variants[modules[path], name] = values
         else:
-            parent = modules[path] if not any(value is None for value in values) else parent
-            if not _settle_value(slots, modules[path], name, values, bool(found)):
-                found = []
+            found = [*_below(whole, settings)]
+            matters = bool(found) or not is_by_the_way(name)
+            told_apart = _settle_value(slots, modules[path], name, values, matters)
             if (modules[path], name) in slots.settings:
                 attributes.hand_over((path, name))
+            parent = parent if any(value is None for value in values) else modules[path]
+            found = (found or [whole]) if told_apart else []
         for setting in found:
             slots.retreats.setdefault(parent, f"its members differ in '{setting}'")
-        slow += found
+            slow[setting] = settings.get(setting, tuple(values))
     return slow
 
 
@@ -62,20 +63,24 @@ def _below(path: str, settings: Iterable[str]) -> Iterator[str]:
 
 def _settle_value(slots: Slots, module: nn.Module, name: str, values: Sequence[Any], matters: bool) -> bool:
     """One attribute; answers whether code may tell the members' values apart other than by `==`."""
-    known = Missing not in values and (matters or (len({*map(type, values)}) == 1 and all(map(_is_open, values))))
-    if name in MODULE_ATTRIBUTES or not known:
+    if name in MODULE_ATTRIBUTES or any(value is Missing for value in values) or not all(map(_is_open, values)):
+        return False
+    if not matters and len({*map(type, values)}) > 1:
         return False
     whole = merged(values)
     leaves = [value for leaf in tree_leaves(whole) if is_own(leaf) for value in leaf._values]
     if leaves:
         vars(module)[name] = whole
         slots.settings.add((module, name))
-    return not all(isinstance(value, _BY_EQUALITY) and not isinstance(value, bool) for value in leaves)
+    return any(map(by_identity, leaves))
 
 
 def _is_open(value: Any) -> bool:
     """Whether it can be seen what is in it; of the rest (a lock, a file) one serves all, as it says nothing."""
-    return isinstance(value, (*_BY_EQUALITY, list, tuple, dict, torch.Tensor)) or hasattr(value, "__dict__")
+    return isinstance(value, _OPEN) or by_identity(value) or hasattr(value, "__dict__") or hasattr(value, "__array__")
+
+
+_OPEN = (int, float, complex, str, bytes, type(None), list, tuple, dict, set, frozenset, range, slice, torch.Tensor)
 
 
 def merged(values: Sequence[Any]) -> Any:

@@ -61,7 +61,12 @@ def _of_one(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 @functools.lru_cache(1024)  # names recur in every module of every member
 def _passed_over(name: str) -> bool:
-    return name.startswith("_") or name in LABELS or CACHES.search(name) is not None
+    return name.startswith("_") or is_by_the_way(name)
+
+
+def is_by_the_way(name: str) -> bool:
+    """Whether an attribute of that name comes from running a module, or names it only."""
+    return name in LABELS or CACHES.search(name) is not None
 
 
 def _entries(path: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -164,6 +165,18 @@ def anneal_some(self: Any, x: torch.Tensor) -> torch.Tensor:
     return x * self.value
 
 
+class Thing:
+    """An object that can be compared by what is in it only."""
+
+    def __init__(self, **entries: Any) -> None:
+        vars(self).update(entries)
+
+
+def grow(self: Any, x: torch.Tensor) -> torch.Tensor:
+    self.value.append(4)
+    return x * len(self.value)
+
+
 def repeat(self: Any, x: torch.Tensor) -> torch.Tensor:
     for _ in range(self.value):
         x = x.tanh() + 1
@@ -198,6 +211,13 @@ USES: dict[str, tuple[Callable[[Any, torch.Tensor], Any], list[Any]]] = {
     "tensors of several shapes": (lambda m, x: x + m.value.sum(), [torch.ones(2), torch.ones(3)]),
     "an argument of a function": (lambda m, x: F.huber_loss(x, 2 * x, delta=m.value), [0.1, 0.2, 0.3]),
     "an option in C": (lambda m, x: torch.add(x, x, alpha=m.value), [0.1, 0.2, 0.3]),
+    "an array": (lambda m, x: x * torch.from_numpy(m.value), [np.ones(3), np.arange(3.0), np.zeros(3)]),
+    "a set": (lambda m, x: x * 2 if 3 in m.value else x, [{1, 2}, {1, 3}]),
+    "lists of several lengths": (lambda m, x: x * sum(m.value), [[1.0], [2.0, 3.0]]),
+    "other keys": (lambda m, x: x * sum(m.value.values()), [{"a": 1.0}, {"b": 2.0, "c": 3.0}]),
+    "a flag of an object": (lambda m, x: x if m.value.flag is True else 2 * x, [Thing(flag=True), Thing(flag=False)]),
+    "a number of an object": (lambda m, x: x * m.value.rate, [Thing(rate=0.5, path="a"), Thing(rate=1.5, path="b")]),
+    "a list that grows": (grow, [[1], [2, 3]]),
     "set anew in each call": (anneal, [0.1, 0.2, 0.3]),
     "set anew by some": (anneal_some, [0.1, 0.2, 0.7]),
 }
@@ -218,7 +238,24 @@ def test_each_member_computes_with_its_own_value(name: str) -> None:
         assert_equal(out.detach(), run_alone(alone, lambda model, _: model(x)))
     assert_same_state(stack, alone)
     for back, model in zip(stack.unstack(), alone, strict=True):
-        assert torch.equal(torch.as_tensor(back.value == model.value).all(), torch.tensor(True))
+        mine, theirs = (vars(one.value) if isinstance(one.value, Thing) else one.value for one in (back, model))
+        assert np.all(np.asarray(mine == theirs))
+
+
+def test_a_number_or_none_under_a_private_name() -> None:
+    models = [With(lambda m, x: x if m._limit is None else x * m._limit, 0).double() for _ in range(2)]
+    models[0]._limit, models[1]._limit = None, 0.5  # type: ignore[assignment] # torch types attributes as tensors
+    with pytest.warns(StackWarning, match=r"_limit is None in member 0, 0\.5 in member 1(?s:.)*MW106"):
+        check(models, inputs(5, 3).detach())
+
+
+def test_what_a_model_has_collected_makes_nothing_slow() -> None:
+    models = [With(lambda m, x: x, [0.1] * (i + 1)) for i in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", StackWarning)
+        stack = memberwise.stack(models)
+        stack(torch.ones(2, 3))
+    assert [model.value for model in stack.unstack()] == [model.value for model in models]
 
 
 def test_a_text_that_is_returned_comes_as_a_list() -> None:

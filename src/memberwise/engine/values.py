@@ -12,6 +12,7 @@ import copy
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from typing import Any, NoReturn
 
 import torch
@@ -64,7 +65,7 @@ class MemberValue:
     def __iter__(self) -> Iterator[Any]:
         if len({*map(len, self._values)}) > 1:
             self.asked("the host goes through")
-        return iter([own(row, self._region) for row in zip(*self._values, strict=True)])
+        return iter([_handed(row, self._region) for row in zip(*self._values, strict=True)])
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         self.asked("the code calls")
@@ -122,7 +123,23 @@ def combined(function: Callable[..., Any], *operands: Any) -> Any:
     """What `function` gives each member, of its own values."""
     given = next(operand for operand in operands if is_own(operand))
     rows = [operand._values if is_own(operand) else (operand,) * len(given._values) for operand in operands]
-    return own([function(*row) for row in zip(*rows, strict=True)], given._region)
+    return _handed([function(*row) for row in zip(*rows, strict=True)], given._region)
+
+
+def _handed(values: Sequence[Any], region: Any) -> Any:
+    """As `own`, to running code: what it may tell apart by `is`, it does not get."""
+    found = own(values, region)
+    if region is not None and is_own(found) and any(map(by_identity, values)):
+        found.asked("the code asks for")
+    return found
+
+
+def by_identity(value: Any) -> bool:
+    """Whether code tells such values apart by `is`, or calls them: None, flags, functions, classes, dtypes."""
+    return isinstance(value, _SINGLE) or callable(value)
+
+
+_SINGLE = (type(None), bool, Enum, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 def for_member(tree: Any, member: int) -> Any:
