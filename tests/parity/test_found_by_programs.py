@@ -132,3 +132,15 @@ def test_a_view_that_is_equal_in_all_members_is_written_in_a_list() -> None:
         return view * own
 
     check(func, numbers(3), numbers(2, 2, seed=1), in_dims=[None, 0])
+
+
+def test_layers_that_could_draw_and_do_not_in_inference_mode() -> None:
+    """There torch hands dropout and recurrent layers over whole, as operations that draw."""
+    layers = nn.Dropout(0.3).eval(), nn.AlphaDropout(0.3).eval(), nn.GRU(3, 3).double().eval()
+
+    def func(x: torch.Tensor) -> torch.Tensor:
+        return layers[1](layers[0](layers[2](x)[0])) * 2
+
+    x = numbers(2, 4, 3, grad=False)
+    with torch.inference_mode():
+        assert_equal(memberwise.vmap(func)(x), torch.stack([func(own) for own in x]))
