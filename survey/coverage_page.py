@@ -23,7 +23,8 @@ SWEEPS = {
         "Modules that torch has samples for",
         """Every module of `torch.testing._internal.common_modules.module_db`, in training and evaluation, with all
 sample inputs, M = 3, the inputs each member's own, and shared: with gradients, without, with second gradients, and
-under autocast. Compared are outputs, gradients of parameters and inputs, and buffers.""",
+under autocast (of which outputs and the dtypes of gradients are compared, not their values). Compared are outputs,
+gradients of parameters and inputs, and buffers. Second gradients are run in float64, and not recorded.""",
     ),
     "more_modules": (
         "Further modules, and further samples",
@@ -60,7 +61,7 @@ def main() -> int:
 
 def present() -> list[str]:
     """The sweeps that have results."""
-    return [name for name in SWEEPS if (records.RESULTS / f"{name}.json").exists()]
+    return [name for name in SWEEPS if records.exists(name)]
 
 
 def page() -> str:

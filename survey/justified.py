@@ -13,8 +13,7 @@ BECAUSE: dict[str, tuple[str, ...]] = {
     "in the table; indices beyond a last offset are in the last bag by one of its kernels, in none by another. Only a "
     "member's own call gives what it gives.": ("nn.EmbeddingBag",),
     "In evaluation it leaves padding out by nested tensors; no tensor of a stack can be nested.": (
-        "nn.TransformerEncoder",
-        "nn.Transformer",
+        "TransformerEncoder",
     ),
     "Its chunked form computes gradients in forward, to hold the logits of one chunk only; one pass for all members "
     "would hold M times that.": ("linear_cross_entropy",),

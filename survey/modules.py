@@ -1,7 +1,7 @@
 """All modules of torch.nn, each as a stack of three: right, refused by name, or wrong, and by which paths.
 
     make check-modules
-    python -m survey.modules --only Conv2d LSTM      these alone; nothing is written
+    python -m survey.modules --only Conv2d LSTM      these alone, in the place of their former results
 
 Compared with a loop are outputs, gradients of parameters and inputs, and buffers: with gradients, without, with second
 gradients (in float64) and under autocast, the inputs each member's own; and with gradients and one input for all.
@@ -30,6 +30,8 @@ from survey.trial import WAYS, Trial, alone, by_torch, together
 
 TRIALS = (("gradients", True), *((way, False) for way in WAYS))
 """Each way, and whether one input serves all members."""
+
+DTYPE = "float32; float64 for second gradients"
 
 
 @dataclass
@@ -108,7 +110,9 @@ def _line(error: BaseException) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Sweep; the exit status is 1 where a module is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these modules alone; nothing is written")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="these modules alone, in the place of their former results"
+    )
     parser.add_argument("--of", nargs="+", choices=LISTS, default=[*LISTS], help="torch's list, or what it leaves out")
     options = parser.parse_args(arguments)
     chosen = options.only
@@ -121,10 +125,18 @@ def main(arguments: list[str] | None = None) -> int:
             if chosen or record.verdict != RIGHT or record.slow:
                 print(" ".join((record.name, record.variant, record.verdict, record.what)), *_slow(record), flush=True)
         print(summary(found))
-        if not chosen:
-            print(records.write(name, found, members=MEMBERS, dtype="float32; float64 for second gradients"))
+        if found:
+            print(records.write(name, _beside(name, found) if chosen else found, members=MEMBERS, dtype=DTYPE))
         status |= any(record.verdict == WRONG for record in found)
     return int(status)
+
+
+def _beside(name: str, found: list[Record]) -> list[Record]:
+    """The former results, those that were found anew in their places."""
+    new = {(record.name, record.variant): record for record in found}
+    former = records.read(name)[1] if records.exists(name) else []
+    former = [new.pop((record.name, record.variant), record) for record in former]
+    return [*former, *new.values()]
 
 
 def _slow(record: Record) -> list[str]:

@@ -72,6 +72,11 @@ def write(name: str, records: Iterable[Record], **head: Any) -> Path:
     return path
 
 
+def exists(name: str) -> bool:
+    """Whether there are results."""
+    return (RESULTS / f"{name}.json").exists()
+
+
 def read(name: str) -> tuple[dict[str, Any], list[Record]]:
     """The head and the records of `survey/results/NAME.json`."""
     document = json.loads((RESULTS / f"{name}.json").read_text())

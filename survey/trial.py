@@ -152,11 +152,11 @@ def together(trial: Trial) -> tuple[Found, list[trace.Entry]]:
     stack = memberwise.stack(models, example_inputs=example, example_kwargs=named)
     stack.generators = [torch.Generator().manual_seed(_stream(i)) for i in trial.members]
     args, kwargs = trial.all(memberwise.each)
-    with trace.recording() as record:
+    with nullcontext() if WAYS[trial.way] > 1 else trace.recording() as record:  # a record keeps layers from their way
         with trial.context():
             out = stack(*args, **kwargs)
         found = trial.found(out, trial.members, (args, kwargs), stack.named_parameters(), stack.named_buffers())
-    return found, [*record.entries.values()]
+    return found, [*record.entries.values()] if record is not None else []
 
 
 def by_torch(trial: Trial) -> Found:

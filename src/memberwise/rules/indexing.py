@@ -78,6 +78,27 @@ for _op in (
     register_rule(_op, _gather(_op))
 
 
+def _index_copy(call: Callable[..., Any]) -> Any:
+    """One entry of the source a position: a scatter, whose indices may be each member's own. torch has no batching."""
+
+    def rule(info: Any, in_dims: Any, x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor) -> Any:
+        x, source = expanded(x, in_dims[0], info.batch_size), expanded(source, in_dims[3], info.batch_size)
+        if x.ndim == 1 or x.ndim != source.ndim or index.ndim - (in_dims[2] == 0) != 1:
+            return Decline("one number a member, or an index that is one")
+        dim = shifted(dim, x.ndim - 1)
+        shape = [1] * x.ndim
+        shape[0], shape[dim] = index.shape[0] if in_dims[2] == 0 else 1, index.shape[-1]
+        if shape[dim] != source.shape[dim]:
+            return Decline("as many indices as entries are expected")
+        return call(x, dim, index.view(shape).expand(source.shape), source), 0
+
+    return rule
+
+
+register_rule(_aten.index_copy.default, _index_copy(_aten.scatter.src))
+register_rule(_aten.index_copy_.default, _index_copy(_aten.scatter_.src))
+
+
 @register_rule(_aten.index_select.default)
 def index_select(info: Any, in_dims: Any, x: torch.Tensor, dim: int, index: torch.Tensor) -> Any:
     """torch's batching does the same, at 12 us more."""
