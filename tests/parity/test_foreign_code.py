@@ -312,3 +312,32 @@ class SetsItself(nn.Module):
 def test_parameters_are_set_through_data(inner: bool) -> None:
     make = (lambda: nn.Sequential(nn.Linear(3, 3), SetsItself())) if inner else SetsItself
     check(make, torch.randn(MEMBERS, 4, 3, dtype=torch.float64))
+
+
+# -- hooks that a forward registers
+
+
+class Collects(nn.Module):
+    """As Hugging Face's models do: the first call registers hooks, and notes in an attribute that it did."""
+
+    def __init__(self, host: bool) -> None:
+        super().__init__()
+        self.gate, self.last, self.host = nn.Linear(3, 3), Implicit(host), host
+        self.noted: list[torch.Tensor] | None = None
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if not hasattr(self, "hooked"):
+            self.hooked = True
+            self.gate.register_forward_hook(lambda module, args, out: module.collected.append(out))
+        self.gate.collected = []
+        x = self.last(self.gate(x))
+        return x + sum(self.gate.collected)
+
+
+@pytest.mark.parametrize("way", ["a layer parts ways", "all part ways"])
+def test_hooks_registered_in_a_call_that_is_undone(way: str) -> None:
+    def run(model: Any, x: torch.Tensor) -> torch.Tensor:
+        out = model(x)
+        return out * 2 if way == "all part ways" and out.sum().item() > 0 else out
+
+    check(lambda: Collects(way == "a layer parts ways"), torch.randn(MEMBERS, 2, 3, dtype=torch.float64), run)

@@ -90,6 +90,7 @@ class Swap:
     shown: dict[tuple[nn.Module, str], tuple[Any, Any]]
     leaves: dict[tuple[nn.Module, str], list[Any]]
     copies: dict[int, Any]
+    hooks: list[tuple[dict[Any, Any], int]]
 
     def hide(self) -> None:
         """Put back the attributes that were shown, as far as they still are, and hold, what was shown."""
@@ -260,7 +261,9 @@ class Slots:
                 place.owner[place.name] = member
         for module in self._recurrent:
             follow(module)
-        swap = Swap(originals, members, attributes, recurrent, {}, {}, {})
+        swap = Swap(
+            originals, members, attributes, recurrent, {}, {}, {}, [(hooks, len(hooks)) for hooks in self._hooks]
+        )
         if self.aliases:
             own = {id(one): member for one, member in zip(originals, members, strict=True)}
             for place in self.aliases:
@@ -345,6 +348,14 @@ class Slots:
         for module, before in swap.attributes:
             module.__dict__.clear()
             module.__dict__.update(before)
+        take_back(swap.hooks)
+
+
+def take_back(hooks: list[tuple[dict[Any, Any], int]]) -> None:
+    """Remove the hooks that have been registered since there were so many."""
+    for registered, before in hooks:
+        for key in [*registered][before:]:
+            del registered[key]
 
 
 def _as_member(leaf: Any, region: Region) -> Any:

@@ -18,7 +18,7 @@ from memberwise._torch.recurrent import LISTS, follow
 from memberwise._torch.versions import set_versions, version
 from memberwise.engine import values
 from memberwise.engine.holders import copied, is_small, refilled
-from memberwise.engine.slots import MODULE_ATTRIBUTES, Slots, table_of
+from memberwise.engine.slots import MODULE_ATTRIBUTES, Slots, table_of, take_back
 from memberwise.engine.tensor import MemberTensor
 from memberwise.errors import EngineError, build
 from memberwise.trees import tree_leaves, tree_transpose_map
@@ -90,6 +90,11 @@ class Showing:
         self.places = slots.places
         self.originals = [place.owner[place.name] for place in self.places]
         self.before = [(module, dict(module.__dict__)) for module in slots.template.modules()]
+        self._hooks = [
+            (hooks, len(hooks))
+            for module, _ in self.before
+            for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        ]
         self._carried = dict(slots.carried)
         self._cut, self._join, self._alone = cut, join, alone
         pieces = {
@@ -137,7 +142,7 @@ class Showing:
             if place.is_parameter and piece is not None:
                 piece._is_param = True  # isinstance(w, nn.Parameter) holds, as alone
         self._turn = turn
-        self._reset_attributes()
+        self.reset()
         for module, _ in self.before:
             if isinstance(module, nn.RNNBase):
                 follow(module)
@@ -192,6 +197,11 @@ class Showing:
         for place, (first, own) in self._variants.items():
             table_of(*place)[place[1]] = first
             self.slots.variants[place] = own
+
+    def reset(self) -> None:
+        """Attributes and hooks as they were before the first turn."""
+        self._reset_attributes()
+        take_back(self._hooks)
 
     def _reset_attributes(self) -> None:
         for module, before in self.before:
@@ -266,8 +276,9 @@ class Showing:
 
 def _memory(piece: Any) -> int:
     """Where a member's tensor lies: it moves with `w.data = other`."""
-    plain = type(piece) in (torch.Tensor, nn.Parameter) and piece.layout is torch.strided
-    return piece.data_ptr() if plain else 0
+    if not isinstance(piece, torch.Tensor) or isinstance(piece, MemberTensor) or piece.layout is not torch.strided:
+        return 0
+    return piece.data_ptr()
 
 
 def _overwrite(original: torch.Tensor, joined: torch.Tensor) -> None:
@@ -309,6 +320,7 @@ def _showing(shown: Showing, write_back: Any) -> Iterator[Showing]:
         raise
     except BaseException:
         shown.restore()
+        shown.reset()
         raise
     shown.restore()
     shown.finish(write_back)
