@@ -12,7 +12,7 @@ from memberwise.module import Stack
 from memberwise.optim import clip_grad_norm_
 from memberwise.parity import verify
 from memberwise.report import explain
-from memberwise.rules.registry import register_rule
+from memberwise.rules.users import register_rule
 from memberwise.state import stack_module_state, unstack_module_state
 from memberwise.trees import each
 

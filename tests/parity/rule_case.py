@@ -10,6 +10,9 @@ import torch
 
 from memberwise.testing import check_rule
 
+DTYPES = (torch.float32, torch.bfloat16)
+"""What every rule of ours is run in; half and complex numbers: what users' rules are run in, too."""
+
 
 @dataclass
 class RuleCase:
@@ -26,7 +29,7 @@ class RuleCase:
 
     def check(self) -> None:
         """Run it; unless it `declines`, every run must have gone by the rule."""
-        checked = check_rule(self.op, *self.make(), **self.options)
+        checked = check_rule(self.op, *self.make(), **{"dtypes": DTYPES, **self.options})
         assert self.declines or not checked.declined, f"not by the rule: {checked.declined}"
 
 

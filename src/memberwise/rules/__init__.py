@@ -27,7 +27,7 @@ from memberwise.rules import (
     shape,
     softmax,
 )
-from memberwise.rules.registry import register_rule
+from memberwise.rules.users import register_rule
 
 __all__ = [
     "activation",

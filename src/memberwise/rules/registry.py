@@ -25,23 +25,10 @@ _enabled = True
 
 
 def register_rule(op: Any, rule: Rule | None = None) -> Any:
-    """Register how `op` (an `OpOverload`, or a custom op) runs for all members at once.
-
-    The rule has the signature of `torch.library.register_vmap`: `rule(info, in_dims, *args, **kwargs)` returns
-    `(out, out_dims)`. `in_dims` holds 0 or None for each argument (the member axis M is first, or absent; a list
-    for a list of tensors), `info.batch_size` is M. A rule that does not serve a call returns
-    `Decline("reason")`, and the operation goes down the ladder.
+    """Put a rule into the table; `memberwise.register_rule`, for users, looks at what it is given.
 
     Raises:
         ValueError: the operation has a rule already.
-
-    >>> import torch
-    >>> @torch.library.custom_op("memberwise_doc::twice", mutates_args=())
-    ... def twice(x: torch.Tensor) -> torch.Tensor:
-    ...     return x * 2
-    >>> @register_rule(twice)
-    ... def twice_rule(info, in_dims, x):
-    ...     return x * 2, 0
     """
     if rule is None:
         return lambda given: register_rule(op, given)

@@ -12,6 +12,7 @@ import torch
 
 from memberwise.engine import trace
 from memberwise.engine.boundary import vmap
+from memberwise.engine.strict import strict
 from memberwise.rules.registry import COMPOSITES, composites_disabled
 from memberwise.testing.tolerance import assert_equal
 
@@ -71,7 +72,7 @@ def check_rule(
     stacked: Sequence[Sequence[int]] | None = None,
     state: Sequence[int] = (),
     grad: bool = True,
-    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16, torch.complex128),
     thorough: bool = True,
     **options: Any,
 ) -> Checked:
@@ -79,7 +80,8 @@ def check_rule(
 
     `sample` are one member's arguments, best in float64, where results must agree to 1e-10. They are run with every
     combination of stacked and shared tensors, with M = 1 and 3, from other memory orders, with a batch of 0 and 1
-    (`batch_dims`), and in other dtypes. What the rule declines goes down the ladder and is compared all the same.
+    (`batch_dims`), in other dtypes and under autocast. What the rule declines goes down the ladder and is compared all
+    the same; what a lone run refuses (a dtype that the operation does not have), the stack must refuse.
 
     Args:
         op: an operator (`torch.ops.aten.mm.default`, or a custom op), or a torch function with a composite rule.
@@ -89,7 +91,7 @@ def check_rule(
         stacked: the places of the tensors to stack in each run, instead of every combination.
         state: places of tensors that take no gradient (and are written, mostly).
         grad: whether gradients are compared, and gradients of gradients where the lone operation has them.
-        dtypes: further dtypes for the float64 tensors of `sample`.
+        dtypes: further dtypes for the float64 tensors of `sample`; with float32 among them, autocast too.
         thorough: False leaves out M = 1, other memory, and gradients taken inside.
         options: keyword arguments of `op`.
 
@@ -97,7 +99,9 @@ def check_rule(
         which runs the rule served, and which it declined.
 
     Raises:
-        AssertionError: a run differs from the loop, or no run went through the rule.
+        AssertionError: a run differs from the loop, or no run went through the rule; the message says which run, by
+            `in_dims`, and how far it is off.
+        EngineError: the rule raised what no member raises alone [MW211], or its answer has not the form [MW213].
 
     >>> checked = check_rule(torch.ops.aten.mm.default, torch.ones(2, 3).double(), torch.ones(3, 4).double())
     >>> checked.by_rule[:3]
@@ -107,7 +111,8 @@ def check_rule(
     base = _Case(lambda *args: op(*args, **options), "", [], (), 3, grad, state, op in COMPOSITES)
     checked = Checked()
     for case in _cases(base, list(sample), places, batch_dims, dtypes, thorough):
-        record = _compare(case)
+        with strict():
+            record = _compare(case)
         if record is not None:
             _note(checked, case.name, op, case.composite, record)
     if not checked.by_rule:
@@ -159,6 +164,16 @@ def _cases(
             yield _case(base, f"batch {size}", small, places)
     for dtype in dtypes:
         yield _case(base, str(dtype), [_as_dtype(value, dtype) for value in sample], whole)
+    if torch.float32 in dtypes and thorough:
+        yield _case(_autocast(base), "autocast", [_as_dtype(value, torch.float32) for value in sample], whole)
+
+
+def _autocast(base: _Case) -> _Case:
+    def run(*args: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return base.run(*args)
+
+    return replace(base, run=run)
 
 
 def _case(base: _Case, name: str, sample: list[Any], places: tuple[int, ...]) -> _Case:
@@ -349,13 +364,13 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _leaf(value: torch.Tensor, tracked: bool) -> torch.Tensor:
-    return value.detach().clone().requires_grad_(tracked and value.is_floating_point())
+    return value.detach().clone().requires_grad_(tracked and (value.is_floating_point() or value.is_complex()))
 
 
 def _members(value: torch.Tensor, size: int) -> torch.Tensor:
     """`size` members' values from one: another order and scale each, so that signs and ranges stay; masks turn."""
     rows = [value.flatten().roll(i).view(value.shape) for i in range(size)]
-    if value.is_floating_point():
+    if value.is_floating_point() or value.is_complex():
         rows = [row * (1 + i / 4) for i, row in enumerate(rows)]
     if value.dtype is torch.bool:
         rows = [row ^ bool(i % 2) for i, row in enumerate(rows)]
@@ -373,10 +388,11 @@ def _members_innermost(value: torch.Tensor) -> torch.Tensor:
 def _as_dtype(value: Any, dtype: torch.dtype) -> Any:
     if value is torch.float64:
         return dtype
-    return _map(lambda t: t.to(dtype) if t.dtype == torch.float64 else t, value)
+    turned = 1 + 0.5j if dtype.is_complex else 1
+    return _map(lambda t: (t * turned).to(dtype) if t.dtype == torch.float64 else t, value)
 
 
 def _random(shape: Any, seed: int, like: torch.Tensor) -> torch.Tensor:
     """Fixed normal numbers; a member's are the same whatever else is stacked."""
     numbers = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return numbers.to(like)
+    return (numbers * (1 - 0.5j) if like.is_complex() else numbers).to(like)
