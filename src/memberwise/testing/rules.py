@@ -74,6 +74,7 @@ def check_rule(
     grad: bool = True,
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16, torch.complex128),
     thorough: bool = True,
+    autocast: bool = True,
     **options: Any,
 ) -> Checked:
     """Compare the rule of `op` with a loop over members: values, gradients, double backward, inputs, strides, dtypes.
@@ -91,8 +92,9 @@ def check_rule(
         stacked: the places of the tensors to stack in each run, instead of every combination.
         state: places of tensors that take no gradient (and are written, mostly).
         grad: whether gradients are compared, and gradients of gradients where the lone operation has them.
-        dtypes: further dtypes for the float64 tensors of `sample`; with float32 among them, autocast too.
+        dtypes: further dtypes for the float64 tensors of `sample`.
         thorough: False leaves out M = 1, other memory, and gradients taken inside.
+        autocast: whether an operator is run under autocast, too (composite rules stand aside there).
         options: keyword arguments of `op`.
 
     Returns:
@@ -110,7 +112,11 @@ def check_rule(
     places = [tuple(choice) for choice in (combinations(sample) if stacked is None else stacked)]
     base = _Case(lambda *args: op(*args, **options), "", [], (), 3, grad, state, op in COMPOSITES)
     checked = Checked()
-    for case in _cases(base, list(sample), places, batch_dims, dtypes, thorough):
+    cases = _cases(base, list(sample), places, batch_dims, dtypes, thorough)
+    if autocast and not base.composite:
+        low = [_as_dtype(value, torch.float32) for value in sample]
+        cases = itertools.chain(cases, [_case(_autocast(base), "autocast", low, places[0])])
+    for case in cases:
         with strict():
             record = _compare(case)
         if record is not None:
@@ -164,16 +170,17 @@ def _cases(
             yield _case(base, f"batch {size}", small, places)
     for dtype in dtypes:
         yield _case(base, str(dtype), [_as_dtype(value, dtype) for value in sample], whole)
-    if torch.float32 in dtypes and thorough:
-        yield _case(_autocast(base), "autocast", [_as_dtype(value, torch.float32) for value in sample], whole)
 
 
 def _autocast(base: _Case) -> _Case:
+    """Results under autocast: their types, and their values as far as bfloat16 goes."""
+
     def run(*args: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
-            return base.run(*args)
+            outs = _tensors(base.run(*args))
+        return [out.bfloat16() if out.is_floating_point() else out for out in outs], [out.new_zeros(()) for out in outs]
 
-    return replace(base, run=run)
+    return replace(base, run=run, grad=False)
 
 
 def _case(base: _Case, name: str, sample: list[Any], places: tuple[int, ...]) -> _Case:
