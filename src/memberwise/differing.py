@@ -53,6 +53,7 @@ def settle(slots: Slots, attributes: Attributes, settings: Mapping[str, tuple[An
         for setting in found:
             slots.retreats.setdefault(parent, f"its members differ in '{setting}'")
             slow[setting] = settings.get(setting, tuple(values))
+    attributes.differing = {}
     return slow
 
 
