@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nested
 from torch.nn import functional as F
 
 from memberwise import vmap
+from memberwise.errors import EngineError
 
 INDEX = torch.zeros(2, 3, dtype=torch.long)
 OUT_OF_RANGE: dict[str, Callable[[Tensor, int], Any]] = {
@@ -80,3 +82,38 @@ def test_an_index_out_of_range_to_fill(place: int) -> None:
         fill(torch.ones(3), torch.tensor(2.0))
     with pytest.raises(lone.type):
         vmap(fill)(torch.ones(4, 3), torch.ones(4))
+
+
+def rows(layout: torch.layout) -> Tensor:
+    return nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=layout)
+
+
+LAYOUTS = pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+
+
+@LAYOUTS
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_a_nested_input_is_refused_by_name(layout: torch.layout) -> None:
+    with pytest.raises(EngineError, match="MW204"):
+        vmap(lambda t: t * 2)(rows(layout))
+
+
+@LAYOUTS
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_a_nested_tensor_that_all_share(layout: torch.layout) -> None:
+    x, shared = torch.arange(3.0), rows(layout)
+    out = vmap(lambda x, t: x * nested.to_padded_tensor(t * 2, 0.0).sum(), in_dims=(0, None))(x, shared)
+    assert torch.equal(out, x * 36)
+    with pytest.raises(EngineError, match="MW203"):
+        vmap(lambda x, t: t * 2, in_dims=(0, None))(x, shared)
+    whole = vmap(lambda x, t: t * 2, in_dims=(0, None), out_dims=None)(x, shared)
+    assert torch.equal(nested.to_padded_tensor(whole, 0.0), nested.to_padded_tensor(shared * 2, 0.0))
+
+
+@LAYOUTS
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_members_that_return_nested_tensors(layout: torch.layout) -> None:
+    function = lambda x: [x.item(), rows(layout)][1]  # noqa: E731 # reads on the host, so that members part ways
+    with warnings.catch_warnings(), pytest.raises(EngineError, match="MW203"):
+        warnings.simplefilter("ignore")  # that they part ways is said once a line
+        vmap(function)(torch.arange(3.0))

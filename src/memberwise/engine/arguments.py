@@ -12,7 +12,7 @@ from memberwise.engine.ambient import Region
 from memberwise.engine.crossing import enter
 from memberwise.engine.flattening import broadcast_dims, flatten, unflatten
 from memberwise.engine.slots import Slots, Swap
-from memberwise.errors import ArgumentError, fail
+from memberwise.errors import ArgumentError, EngineError, fail
 from memberwise.strangers import is_foreign
 from memberwise.trees import Each, tree_leaves, tree_map
 
@@ -233,11 +233,17 @@ def _bad(where: str, what: str) -> Any:
 
 
 def _size(leaves: list[Any], dims: list[int | None]) -> int:
-    sizes = [
-        leaf.size() if isinstance(leaf, Slots) else leaf.shape[dim]
-        for leaf, dim in zip(leaves, dims, strict=True)
-        if dim is not None or isinstance(leaf, Slots)
-    ]
+    try:
+        sizes = [
+            leaf.size() if isinstance(leaf, Slots) else leaf.shape[dim]
+            for leaf, dim in zip(leaves, dims, strict=True)
+            if dim is not None or isinstance(leaf, Slots)
+        ]
+    except RuntimeError:
+        if any(isinstance(leaf, torch.Tensor) and leaf.is_nested for leaf in leaves):
+            what = "vmap: an input with a member axis is a nested tensor, whose members have sizes of their own"
+            fail(EngineError, "MW204", what, do="Pad it (torch.nested.to_padded_tensor), or share it (in_dims=None)")
+        raise
     sizes = [size for size in sizes if size is not None]
     if not sizes:
         _bad("vmap", "Expected at least one Tensor (or stack) to vmap over")

@@ -14,7 +14,7 @@ from memberwise.engine.layout import settle
 from memberwise.engine.tensor import MemberTensor
 from memberwise.engine.values import is_own
 from memberwise.engine.written import from_outside
-from memberwise.errors import ArgumentError, fail
+from memberwise.errors import ArgumentError, EngineError, fail
 from memberwise.trees import is_open, tree_leaves, tree_map
 
 
@@ -41,7 +41,7 @@ def _leaf(leaf: Any, dim: int | None, region: Region, name: str) -> Any:
         return leave(leaf, region)[0] if inside else leaf
     stacked = from_outside(leaf) if isinstance(leaf, region.tensor_class) else None
     if stacked is None:
-        stacked = leave(leaf, region) if inside else leaf.expand(region.batch_size, *leaf.shape)
+        stacked = leave(leaf, region) if inside else _of_all(leaf, region)
     if not -stacked.ndim <= dim < stacked.ndim:
         raise IndexError(
             f"Dimension out of range (expected to be in range of [{-stacked.ndim}, {stacked.ndim - 1}], but got {dim})"
@@ -58,6 +58,13 @@ def _object(leaf: Any, dim: int | None, region: Region, name: str) -> Any:
         return _leaf(held, dim, region, name) if isinstance(held, torch.Tensor) else held
 
     return tree_map(out, leaf, objects=True)
+
+
+def _of_all(leaf: torch.Tensor, region: Region) -> torch.Tensor:
+    """A plain result, for each member."""
+    if leaf.is_nested:
+        fail(EngineError, "MW203", "vmap: a nested tensor is returned, which is not stacked", do="Use out_dims=None")
+    return leaf.expand(region.batch_size, *leaf.shape)
 
 
 def leaf_dims(name: str, out: Any, out_dims: Any) -> list[int | None]:

@@ -324,6 +324,8 @@ def _stack_row(row: list[Any], finish: Callable[[torch.Tensor], Any], region: Re
             return _stack_objects(row, finish, region)
         same = all(type(value) is type(first) and bool(value == first) for value in row)
         return first if same else row
+    if any(value.is_nested for value in row):
+        _cannot_stack("the members return nested tensors, which are not stacked", region)
     if any(value.shape != first.shape for value in row):
         shapes = sorted({tuple(value.shape) for value in row})
         _cannot_stack(f"the members return tensors of shapes {shapes}", region)

@@ -122,7 +122,7 @@ def wrap_unbatched(inner: torch.Tensor, region: Region, *, outside: bool = False
 
     What is not strided stays as it is: a wrapper of a sparse tensor aborts the process inside autograd.
     """
-    if inner.layout is not torch.strided:
+    if inner.layout is not torch.strided or inner.is_nested:
         return inner  # type: ignore[return-value] # a plain tensor, which operations take as shared
     out = make_wrapper(
         region.tensor_class,
