@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from memberwise import vmap
+from memberwise.engine import trace
 from memberwise.testing.tolerance import assert_equal
 from tests.parity.loops import check, numbers
 
@@ -262,3 +264,35 @@ def test_same_in_all_chunks(chunk_size: int) -> None:
     torch.manual_seed(3)
     assert torch.equal(out, torch.rand(2).expand(5, 2))
     assert torch.equal(after, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_same_from_a_generator_that_is_given_in_a_run_by_members(batched: bool) -> None:
+    """Twice, as it is remembered that the members part ways."""
+
+    def drawn(x: torch.Tensor) -> torch.Tensor:
+        assert x.item() >= 0
+        like = torch.zeros(20) + x if batched else torch.empty(20)
+        return torch.stack([like.normal_(generator=generator), torch.rand(20, generator=generator), torch.rand(20)])
+
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(5)
+        torch.manual_seed(3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = vmap(drawn, randomness="same")(torch.arange(4.0))
+        after = generator.get_state(), torch.get_rng_state()
+        generator = torch.Generator().manual_seed(5)
+        torch.manual_seed(3)
+        assert torch.equal(out, drawn(torch.tensor(0.0)).expand(4, 3, 20))
+        assert all(map(torch.equal, after, (generator.get_state(), torch.get_rng_state())))
+
+
+def test_where_members_part_ways_is_remembered_for_one_kind_of_randomness() -> None:
+    """Under "different" they draw into what all share, under "same" they do not part."""
+    fill = lambda shared, x: shared.normal_() * x  # noqa: E731 # one line of code, by which it is remembered
+    for randomness, retreats in (("different", True), ("same", False)) * 2:
+        with warnings.catch_warnings(), trace.recording() as record:
+            warnings.simplefilter("ignore")
+            vmap(fill, in_dims=(None, 0), randomness=randomness)(torch.empty(20), torch.ones(4))
+        assert any(entry.path == "retreat" for entry in record.entries.values()) == retreats

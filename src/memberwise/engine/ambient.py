@@ -52,6 +52,7 @@ class Region(DispatchMode):
         closures: tensors that the function was not given and that need gradients, as they were taken in.
         journal: what was overwritten of memory that outlives the call, for undo.
         written: the member tensors of memory that outlives the call which were written with gradients on.
+        given: where generators that the function itself gives stood at the first member's draw, in a run by members.
         depth: how many modes lie below this one; tracers come in below, too.
         running: whether the call is still under way (its backward may come later).
         lowers: whether its tensors come in lowered, see `memberwise.engine.lowering`.
@@ -80,6 +81,7 @@ class Region(DispatchMode):
         self.looking = False
         self.apart: dict[Any, str] = {}
         self.depth = 0
+        self.given: dict[torch.Generator, torch.Tensor] = {}
         self._reached: list[tuple[torch.Tensor, Any, Any]] = []
         self._streams: list[tuple[torch.Generator, torch.Tensor]] | None = None
         self._global: GlobalStreams | None = None

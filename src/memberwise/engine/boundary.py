@@ -142,13 +142,13 @@ def _run_chunk(func: Callable[..., Any], arguments: Arguments, out_dims: Any, ra
         signal = Retreat(why, region)
         retreat.warn(None, signal)
         return retreat.by_members(func, arguments, out_dims, region, signal.reason)
-    region.apart = apart(func, arguments)
+    region.apart = apart(func, arguments, randomness)
     if None in region.apart:
         return retreat.by_members(func, arguments, out_dims, region, region.apart[None])
     parted: dict[Place, str] = {}
     result = _run_until_none_parts(func, arguments, out_dims, region, parted)
     if parted:
-        memory, signature = memory_of(func, arguments), signature_of(func, arguments)
+        memory, signature = memory_of(func, arguments), signature_of(func, arguments, randomness)
         for place, reason in parted.items():
             memory.note(place, signature, reason)
     return result

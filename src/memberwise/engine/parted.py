@@ -73,14 +73,14 @@ class Parted(dict[tuple[Place, Hashable], Known]):
 of_functions: weakref.WeakKeyDictionary[Any, Parted] = weakref.WeakKeyDictionary()
 
 
-def apart(func: Callable[..., Any], arguments: Arguments) -> dict[Place, str]:
+def apart(func: Callable[..., Any], arguments: Arguments, randomness: str) -> dict[Place, str]:
     """Where a call that begins now runs member by member, and why: as members differ there, or have parted ways."""
     found: dict[Place, str] = {}
     for slots in arguments.slots:
         for module, reason in slots.retreats.items():
             found[None if module is slots.template else module] = reason
     known = _known_of(func, arguments)
-    return found if known is None else known.of(signature_of(func, arguments)) | found
+    return found if known is None else known.of(signature_of(func, arguments, randomness)) | found
 
 
 def _known_of(func: Callable[..., Any], arguments: Arguments) -> Parted | None:
@@ -95,10 +95,10 @@ def memory_of(func: Callable[..., Any], arguments: Arguments) -> Parted:
     return arguments.slots[0].parted if arguments.slots else of_functions.setdefault(code_of(func), Parted())
 
 
-def signature_of(func: Callable[..., Any], arguments: Arguments) -> Hashable:
+def signature_of(func: Callable[..., Any], arguments: Arguments, randomness: str) -> Hashable:
     """What a call has in common with others: shapes and types, what is stacked, modes; not the number of members."""
     leaves = zip(arguments.leaves, arguments.dims, strict=True)
-    return *(_of_leaf(leaf, dim) for leaf, dim in leaves), *map(_modes, _modules_of(func))
+    return randomness, *(_of_leaf(leaf, dim) for leaf, dim in leaves), *map(_modes, _modules_of(func))
 
 
 def _of_leaf(leaf: Any, dim: int | None) -> Hashable:

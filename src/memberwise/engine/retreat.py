@@ -14,18 +14,16 @@ import torch
 from torch import nn
 from torch.autograd.graph import increment_version
 
-from memberwise._torch.backward import in_backward
 from memberwise._torch.checkpoint import recomputed_inside
-from memberwise._torch.dispatch import DispatchMode, suspended
+from memberwise._torch.dispatch import suspended
 from memberwise.engine import trace
 from memberwise.engine.again import watched_functions
-from memberwise.engine.ambient import Region, refuse_to_draw_again
+from memberwise.engine.ambient import Region
 from memberwise.engine.arguments import Arguments
 from memberwise.engine.crossing import enter, leave
-from memberwise.engine.draws import draws
 from memberwise.engine.holders import held_one_by_one
 from memberwise.engine.layout import count_write
-from memberwise.engine.operation import describe
+from memberwise.engine.lone_streams import member_stream
 from memberwise.engine.rows import Rows
 from memberwise.engine.signals import Retreat
 from memberwise.engine.slots import MODULE_ATTRIBUTES, Slots, Swap, table_of
@@ -34,7 +32,6 @@ from memberwise.engine.tensor import MemberTensor
 from memberwise.engine.turns import Showing, one_by_one
 from memberwise.engine.values import is_own
 from memberwise.errors import EngineError, fail
-from memberwise.generators import drawing_from, global_generators, restoring
 from memberwise.trees import holds_tensors, tree_leaves, tree_map
 
 Swaps = list[tuple[Slots, Swap]]
@@ -139,7 +136,7 @@ def _forward_by_members(
                 held.show(i)
                 try:
                     inner = recomputed_inside(partial(turns.again, i), instead=True)
-                    with inner, rows.turn(), _stream(region, i):
+                    with inner, rows.turn(), member_stream(region, i):
                         outs.append(forwards[i](*own_args, **own_kwargs))
                 except Exception as error:
                     error._raised_alone_in = module  # type: ignore[attr-defined] # read by is_lone
@@ -166,7 +163,7 @@ def function_by_members(func: Callable[..., Any], reason: str, args: Any, kwargs
         inputs, rebuild = _left((args, kwargs), rows)
         for i in range(region.batch_size):
             own_args, own_kwargs = rebuild([column[i] for column in inputs])
-            with rows.turn(), _stream(region, i):
+            with rows.turn(), member_stream(region, i):
                 outs.append(func(*own_args, **own_kwargs))
         result = stack_outputs(outs, lambda stacked: enter([stacked], [True], region)[0], region)
     region.drawn()
@@ -284,7 +281,7 @@ def by_members(func: Callable[..., Any], arguments: Arguments, out_dims: Any, re
                 solo.show(i)
                 own[k] = solo.slots.template
             args, kwargs = arguments.build(own)
-            with rows.turn(), _stream(region, i, anew=True), recomputed_inside(_again(solos.values(), i)):
+            with rows.turn(), member_stream(region, i, anew=True), recomputed_inside(_again(solos.values(), i)):
                 outs.append(func(*args, **kwargs))
             for shown in (*solos.values(), templates):
                 if shown is not None:
@@ -359,40 +356,3 @@ def _stack_at(outs: list[Any], out_dims: Any) -> Any:
         return stacked[0] if dim is None else stacked.movedim(0, dim)
 
     return stack_outputs(outs, place)
-
-
-@contextmanager
-def _stream(region: Region, index: int, *, anew: bool = False) -> Iterator[None]:
-    """Member `index`'s randomness, for code that draws from the global generator.
-
-    `anew`: the call runs now, and is no recomputation of a part of it, which finds the streams as they were.
-    """
-    with ExitStack() as stack:
-        if region.generators is not None:
-            drawing = _drawing_once if anew or region.running else drawing_from
-            stack.enter_context(drawing(region.generators[index]))
-        elif region.randomness == "error":
-            stack.enter_context(_RefuseDraws())
-        elif region.randomness == "same" and index < region.batch_size - 1:
-            stack.enter_context(restoring(global_generators()))
-        yield
-
-
-@contextmanager
-def _drawing_once(stream: torch.Generator) -> Iterator[None]:
-    """Draw from a member's stream; not in a backward pass, which would not draw the same again."""
-    before = stream.get_state() if in_backward() else None
-    with drawing_from(stream):
-        yield
-    if before is not None and not torch.equal(before, stream.get_state()):
-        refuse_to_draw_again()
-
-
-class _RefuseDraws(DispatchMode):
-    """randomness="error" for a run by members."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags and draws(describe(func), args, kwargs or {}):
-            what = f"vmap: called random operation while in randomness error mode: {func}"
-            fail(EngineError, "MW202", what, do="Pass randomness='different' or 'same', or generators=")
-        return func(*args, **(kwargs or {}))
