@@ -20,7 +20,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types doctest snippets imports check check-capture check-fuzz coverage check-modules \
-        check-mutations bench bench-overhead readme clean
+        check-mutations check-torch-tests bench bench-overhead readme clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | \
@@ -69,6 +69,10 @@ check-capture: $(READY) ## captured steps, compiled, against eager ones over 50 
 
 check-fuzz: $(READY) ## random programs, stack against loop; ARGS="--programs 100000" for the recorded run
 	$(ONE_THREAD) $(BIN)/python -m survey.fuzz.run $(ARGS)
+
+check-torch-tests: $(READY) ## PyTorch's own tests, pointed at Memberwise; PYTORCH= is a checkout of pytorch; ten minutes
+	@test -n "$(PYTORCH)" || { echo "Say where the tests are: make check-torch-tests PYTORCH=<a checkout of pytorch>"; exit 1; }
+	$(ONE_THREAD) $(BIN)/python -m survey.torch_tests $(PYTORCH) $(ARGS)
 
 check-modules: $(READY) ## every module of torch.nn as a stack, against its members and torch.func; twenty minutes
 	$(ONE_THREAD) $(BIN)/python -m survey.modules $(ARGS)
