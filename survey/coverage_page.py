@@ -130,7 +130,11 @@ def _short(text: str) -> str:
 
 def _reasons(found: Sequence[Record]) -> str:
     """What runs member by member, and why nothing faster is right."""
-    rows = {(record.name, op): why(record, op) for record in found for op in record.slow}
+    rows = {
+        (record.name, op): why(record, op) or f"not justified yet: {_plain(reason)}"
+        for record in found
+        for op, reason in record.slow.items()
+    }
     if not rows:
         return ""
     lines = ["### Member by member, and why\n", "| name | what | why |", "|---|---|---|"]
