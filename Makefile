@@ -20,7 +20,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types doctest snippets imports check check-capture check-fuzz coverage check-modules \
-        check-mutations check-torch-tests bench bench-overhead readme clean
+        check-operations check-mutations check-torch-tests bench bench-overhead readme clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | \
@@ -76,6 +76,9 @@ check-torch-tests: $(READY) ## PyTorch's own tests, pointed at Memberwise; PYTOR
 
 check-modules: $(READY) ## every module of torch.nn as a stack, against its members and torch.func; twenty minutes
 	$(ONE_THREAD) $(BIN)/python -m survey.modules $(ARGS)
+
+check-operations: $(READY) ## every operation of torch's own table, likewise; an hour
+	$(ONE_THREAD) $(BIN)/python -m survey.operations $(ARGS)
 
 coverage: $(READY) ## both sweeps, over all modules and operations of torch, and docs/coverage.md from them; an hour
 	$(ONE_THREAD) $(BIN)/python -m survey.modules

@@ -30,6 +30,7 @@ CODES: dict[str, str] = {
     "MW211": "a rule raised what no member raises alone",
     "MW212": "a call writes to a leaf that needs a gradient",
     "MW213": "a rule does not fit its operation",
+    "MW220": "a view reaches beyond the memory of one member",
     "MW301": "a member, or the stack, cannot be copied",
     "MW302": "build() was called with seeds it cannot use",
     "MW303": "random streams do not fit the stack",

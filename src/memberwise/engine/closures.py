@@ -67,6 +67,8 @@ def _replaced(arg: Any, cls: type, region: Region) -> Any:
 
 def region_tensor(tensor: torch.Tensor, region: Region) -> torch.Tensor:
     """The shared member tensor of a plain one; the same for as long as nothing is written to it."""
+    if tensor.layout is not torch.strided:
+        part_ways(region, f"a tensor of layout {tensor.layout}, which no member tensor can show, needs a gradient")
     key = id(tensor), tensor._version
     if key not in region.closures:
         region.closures[key] = tensor, enter([tensor], [False], region)[0]

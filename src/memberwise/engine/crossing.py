@@ -143,7 +143,7 @@ def enter(
         return [_lowered(t, held, region) for t, held in zip(tensors, batched, strict=True)]
     if functorch_active():
         return list(_EnterTransforms.apply(region, tuple(batched), *tensors))  # type: ignore[arg-type] # a tuple of tensors
-    tracked = [k for k, t in enumerate(tensors) if t.requires_grad]
+    tracked = [k for k, t in enumerate(tensors) if t.requires_grad and (batched[k] or t.layout is torch.strided)]
     if tracked and not torch.is_grad_enabled():
         with torch.enable_grad():  # alone a parameter requires a gradient where gradients are off, too
             return enter(tensors, batched, region)

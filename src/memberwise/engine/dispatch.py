@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 from memberwise._torch.dispatch import mode_depth, without_dispatch
 from memberwise.engine import ladder, trace
 from memberwise.engine.ambient import Region
-from memberwise.engine.layout import count_write, promote, relatives, settle
+from memberwise.engine.layout import count_write, promote, relatives, settle, stay_inside
 from memberwise.engine.lowering import unlower
 from memberwise.engine.operation import Operation, describe
 from memberwise.engine.signals import Decline, part_ways
@@ -133,10 +133,14 @@ def _with_memory(func: Any, args: Any) -> tuple[Any, Any]:
 def _in_the_stack(func: Any, args: Any) -> tuple[Any, Any]:
     """The place that a member tensor shows, as the place in the stacked tensor's storage."""
     place, member = _OFFSETS[func], args[0]
-    if len(args) <= place or args[place] is None or not isinstance(member, MemberTensor):
+    if not isinstance(member, MemberTensor):
         return func, args
-    begin = member._inner.storage_offset() - member.storage_offset()
-    return func, (*args[:place], args[place] + begin, *args[place + 1 :])
+    settle(member)
+    start = member._inner.storage_offset()
+    if len(args) > place and args[place] is not None:
+        start += args[place] - member.storage_offset()
+    stay_inside(member, *args[place - 2 : place], start)
+    return func, (*args[:place], start)
 
 
 _AT_THE_DOOR: dict[Any, Any] = {**dict.fromkeys(_MATERIAL, _with_memory), **dict.fromkeys(_OFFSETS, _in_the_stack)}

@@ -61,7 +61,7 @@ def _without_rule(
 
 def _as_alone(op: Operation, out: Any, values: Any, dims: Any, kwargs: Any) -> Any:
     """torch's batching may leave a member's part in another memory order than the lone result's."""
-    if _is_contiguous(out) and all(_is_contiguous(value) for value in values):
+    if op.name not in _TURNED and _is_contiguous(out) and all(_is_contiguous(value) for value in values):
         return out
     key = (op.func, _geometry(values, dims), tuple(kwargs), _geometry(list(kwargs.values()), [None] * len(kwargs)))
     try:
@@ -75,6 +75,8 @@ def _as_alone(op: Operation, out: Any, values: Any, dims: Any, kwargs: Any) -> A
     return _relaid(out, known)
 
 
+_TURNED = frozenset(("aten::geqrf",))
+"""Of contiguous arguments the lone result lies column by column, and the batched one does not."""
 _STRIDES: dict[Any, Any] = {}
 """What `lone_strides` found."""
 _MOST_STRIDES = 10_000

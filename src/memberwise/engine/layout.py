@@ -5,10 +5,13 @@ Both replace memory, so every tensor on that memory changes together; `_family` 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.autograd.graph import increment_version
 
 from memberwise.engine.tensor import MemberTensor
+from memberwise.errors import EngineError, fail
 
 
 def relatives(member: MemberTensor) -> list[MemberTensor]:
@@ -19,11 +22,24 @@ def relatives(member: MemberTensor) -> list[MemberTensor]:
     return [entry for entry in found if entry is not None]
 
 
-def _extent(tensor: torch.Tensor) -> int:
-    if tensor.numel() == 0:
-        return 0
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps) + 1
+def _reach(size: Any, stride: Any) -> int:
+    """Elements from the first to the last of such a view."""
+    return 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if 0 not in size else 0
+
+
+def stay_inside(member: MemberTensor, size: Any, stride: Any, start: int) -> None:
+    """Refuse a view that leaves its member's memory; `start` is where member 0's begins in the stacked storage."""
+    inner = member._inner
+    apart = member._batched and len(inner) > 1 and inner.stride(0) >= _reach(inner.shape[1:], inner.stride()[1:])
+    start -= (inner if member._root is None else member._root).storage_offset()
+    if apart and (start < 0 or start + _reach(size, stride) > inner.stride(0)):
+        what = f"as_strided({[*size]}, {[*stride]}) from element {start} leaves a member of {inner.stride(0)} elements"
+        fail(EngineError, "MW220", what, do="Alone it is an error too")
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    reach = _reach(tensor.shape, tensor.stride())
+    return (tensor.storage_offset() + reach) * tensor.element_size() if reach else 0
 
 
 def promote(member: MemberTensor) -> None:
@@ -34,7 +50,7 @@ def promote(member: MemberTensor) -> None:
     size = member._region.batch_size
     inner = member._inner
     aliases = relatives(member)
-    extent = max(_extent(alias._inner) * alias._inner.element_size() for alias in aliases)
+    extent = max(_bytes(alias._inner) for alias in aliases)
     extent = -(-extent // inner.element_size())
     memory = torch.as_strided(inner, (extent,), (1,), 0).expand(size, extent).clone()
     for alias in aliases:

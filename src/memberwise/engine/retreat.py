@@ -323,6 +323,8 @@ def _stack_row(row: list[Any], finish: Callable[[torch.Tensor], Any], region: Re
         return first if same else row
     if any(value.is_nested for value in row):
         _cannot_stack("the members return nested tensors, which are not stacked", region)
+    if first.layout not in _STACKABLE:
+        _cannot_stack(f"the members return tensors of layout {first.layout}, which torch.stack does not take", region)
     if any(value.shape != first.shape for value in row):
         shapes = sorted({tuple(value.shape) for value in row})
         _cannot_stack(f"the members return tensors of shapes {shapes}", region)
@@ -341,7 +343,10 @@ def _stack_objects(row: list[Any], finish: Callable[[torch.Tensor], Any], region
 def _cannot_stack(what: str, region: Region | None) -> None:
     if region is not None:
         raise Retreat(what, region)
-    fail(EngineError, "MW203", what, do="Pad them to one shape, or run the members in a loop")
+    fail(EngineError, "MW203", what, do="Return dense tensors of one shape, or run the members in a loop")
+
+
+_STACKABLE = (torch.strided, torch.sparse_coo)
 
 
 def _stack_at(outs: list[Any], out_dims: Any) -> Any:

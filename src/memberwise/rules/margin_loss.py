@@ -26,6 +26,11 @@ def _spread(grad: torch.Tensor, dim: Any, like: torch.Tensor, reduction: int) ->
     return grad.unsqueeze(1).expand(like.shape[:2]).reshape(-1)
 
 
+def _rows(scores: torch.Tensor) -> torch.Tensor:
+    """`(M * N, C)` of scores or targets; a member's single number is one sample of one class."""
+    return scores.reshape(-1, scores.shape[-1] if scores.ndim > 1 else 1)
+
+
 def _weights(weight: Any, dim: Any, target: torch.Tensor) -> torch.Tensor | None:
     """Each sample's own, `(M * N)`, where members have weights of their own: `(M, C)` at `(M, N)` or `(M)`."""
     if weight is None or dim is None:
@@ -48,7 +53,7 @@ def multi_margin_loss(
     size = info.batch_size
     x, target = expanded(x, in_dims[0], size), expanded(target, in_dims[1], size)
     own = _weights(weight, (*in_dims, None, None, None)[4], target)
-    folded = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    folded = _rows(x), target.reshape(-1)
     losses = _aten.multi_margin_loss.default(*folded, p, margin, weight if own is None else None, NONE)
     return over_members((losses if own is None else losses * own).view(target.shape), reduction), 0
 
@@ -70,7 +75,7 @@ def multi_margin_loss_backward(
     x, target = expanded(x, in_dims[1], size), expanded(target, in_dims[2], size)
     own = _weights(weight, (*in_dims, None, None)[5], target)
     grad = _spread(grad, in_dims[0], x, reduction)
-    folded = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    folded = _rows(x), target.reshape(-1)
     grad = grad if own is None else grad * own
     weight = weight if own is None else None
     return _aten.multi_margin_loss_backward.default(grad, *folded, p, margin, weight, NONE).view(x.shape), 0
@@ -81,9 +86,9 @@ def multilabel_margin_loss(info: Any, in_dims: Any, x: Any, target: Any, reducti
     """Beside the losses it gives which classes are targets."""
     size = info.batch_size
     x, target = expanded(x, in_dims[0], size), expanded(target, in_dims[1], size)
-    folded = x.reshape(-1, x.shape[-1]), target.reshape(-1, target.shape[-1])
+    folded = _rows(x), _rows(target)
     losses, marked = _aten.multilabel_margin_loss_forward.default(*folded, NONE)
-    return (over_members(losses.view(x.shape[:-1]), reduction), marked.view(target.shape)), 0
+    return (over_members(losses.view(x.shape[: max(x.ndim - 1, 1)]), reduction), marked.view(target.shape)), 0
 
 
 @register_rule(_aten.multilabel_margin_loss_backward.default)
@@ -94,6 +99,6 @@ def multilabel_margin_loss_backward(
     size, dims = info.batch_size, (in_dims[1], in_dims[2], in_dims[4])
     x, *rest = (expanded(value, dim, size) for value, dim in zip((x, target, marked), dims, strict=True))
     grad = _spread(grad, in_dims[0], x, reduction)
-    target, marked = (value.reshape(-1, value.shape[-1]) for value in rest)
-    folded = grad, x.reshape(-1, x.shape[-1]), target, NONE, marked
+    target, marked = map(_rows, rest)
+    folded = grad, _rows(x), target, NONE, marked
     return _aten.multilabel_margin_loss_backward.default(*folded).view(x.shape), 0

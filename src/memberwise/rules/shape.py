@@ -145,6 +145,8 @@ def cat(info: Any, in_dims: Any, tensors: Any, dim: int = 0) -> Any:
     if any(map(is_channels_last, parts)):
         return _IN_ORDER
     parts = [part for part in parts if part.ndim != 2 or part.shape[1] != 0] or parts[:1]
+    if parts[0].ndim in (5, 6) and not all(part.is_contiguous() for part in parts):
+        return Decline("images may lie channels last, and so does their lone result")
     return torch.cat(parts, shifted(dim, parts[0].ndim - 1)), 0
 
 
@@ -184,7 +186,7 @@ def as_strided_copy(info: Any, in_dims: Any, x: torch.Tensor, size: Any, stride:
 @register_rule(_aten.new_empty_strided.default)
 def new_empty_strided(info: Any, in_dims: Any, x: torch.Tensor, size: Any, stride: Any, **kwargs: Any) -> Any:
     """Each member gets the memory that these strides ask for; torch's batching refuses some layouts."""
-    extent = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if 0 not in size else 0
+    extent = _extent(size, stride)
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     flat = x.new_empty((info.batch_size, extent), **kwargs)
     return flat.as_strided((info.batch_size, *size), (extent, *stride)), 0
@@ -195,16 +197,19 @@ def as_strided_scatter(
     info: Any, in_dims: Any, x: torch.Tensor, src: torch.Tensor, size: Any, stride: Any, offset: Any = None
 ) -> Any:
     """torch's batching strides over the members' memory as if it were one member's: silently wrong."""
+    begin = 0 if offset is None else offset - x.storage_offset()
     x = expanded(x, in_dims[0], info.batch_size)
-    out = torch.empty_strided(x.shape, (_extent(x), *x.stride()[1:]), dtype=x.dtype, device=x.device).copy_(x)
-    start = 0 if offset is None else offset - x.storage_offset()
-    out.as_strided((x.shape[0], *size), (out.stride(0), *stride), start).copy_(src)
+    lead = max(-begin, 0)
+    room = lead + max(_extent(x.shape[1:], x.stride()[1:]), begin + _extent(size, stride))
+    memory = x.new_empty((info.batch_size, room))
+    out = memory.as_strided(x.shape, (room, *x.stride()[1:]), lead).copy_(x)
+    memory.as_strided((x.shape[0], *size), (room, *stride), lead + begin).copy_(src)
     return out, 0
 
 
-def _extent(x: torch.Tensor) -> int:
+def _extent(size: Any, stride: Any) -> int:
     """Elements from one member's first to its last."""
-    return 1 + sum((n - 1) * step for n, step in zip(x.shape[1:], x.stride()[1:], strict=True)) if x.numel() else 0
+    return 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if 0 not in size else 0
 
 
 def _of_a_matrix(call: Any) -> Any:
