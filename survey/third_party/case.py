@@ -34,6 +34,7 @@ class Case:
         run: one forward, written for one model: `run(model, **inputs)`; any structure comes out.
         steps: calls in a row, each with its backward, so that state which a call leaves is met by the next.
         untracked: the names of floating inputs that shall not get gradients.
+        modes: those in which the model has a backward.
         dtype: float64, but where the architecture has operations that take no such numbers.
         exact: float32 where the architecture computes in float32 inside whatever it is given (a softmax, say), so that
             results can be no better than that.
@@ -46,6 +47,7 @@ class Case:
     run: Callable[..., Any] = call_in_order
     steps: int = 2
     untracked: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ("train", "eval")
     dtype: torch.dtype = torch.float64
     exact: torch.dtype = torch.float64
 

@@ -61,13 +61,23 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if any(record.verdict == records.WRONG for record in found) else 0
 
 
+def _variants(case: Case) -> list[tuple[str, bool]]:
+    return [(mode, shared) for mode, shared in VARIANTS if mode in case.modes]
+
+
+def _variant(mode: str, shared: bool) -> str:
+    return f"{mode}, {'shared' if shared else 'own'} inputs"
+
+
 def _write(found: list[records.Record]) -> None:
     """Write what was found in place of what is written of the same runs, in the order of the families."""
     cases = [case for _, case in _chosen(FAMILIES, [])]
     known = {(record.name, record.variant): record for record in _written()}
     known |= {(record.name, record.variant): record for record in found}
     of = {case.name: case.package for case in cases}
-    kept = [record for name in of for record in known.values() if record.name == name]
+    kept = [
+        known[key] for case in cases for key in ((case.name, _variant(*one)) for one in _variants(case)) if key in known
+    ]
     packages = {package: version(package) for package in sorted({*of.values()})}
     records.write("third_party", kept, packages=packages, packages_of=of)
 
@@ -101,10 +111,10 @@ def _survey(cases: list[tuple[str, Case]], console: Console, show: bool) -> list
     found = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(cases) * len(VARIANTS))
+        task = progress.add_task("", total=sum(len(_variants(case)) for _, case in cases))
         for _, case in cases:
-            for mode, shared in VARIANTS:
-                variant = f"{mode}, {'shared' if shared else 'own'} inputs"
+            for mode, shared in _variants(case):
+                variant = _variant(mode, shared)
                 progress.update(task, description=f"{case.name}, {variant}")
                 record = judged(case, mode, shared, show)
                 found.append(replace(record, name=case.name, variant=variant))
