@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import memberwise
+from memberwise.engine import trace
 from memberwise.testing.tolerance import assert_equal
 from tests.parity.loops import alone, check, numbers
 
@@ -312,3 +314,21 @@ def test_lstm_dropout_between_layers() -> None:
     torch.manual_seed(0)
     module = torch.nn.LSTM(3, 2, num_layers=3, dropout=0.5, bidirectional=True).double().train()
     check(lambda x: module(x)[0] + torch.rand(1), numbers(3, 4, 2, 3), seeds=[4, 5, 6])
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("first", [lambda x: x, lambda x: x + 1], ids=["of an input", "of a result"])
+@pytest.mark.parametrize("op", [torch.relu, F.relu, F.max_pool1d], ids=["relu", "F.relu", "max_pool1d"])
+def test_a_gradient_without_curvature_has_a_graph_if_it_has_one_alone(op: Any, first: Any, recorded: bool) -> None:
+    """Alone the gradient of relu requires a gradient, which is zero: `grad.sum().backward()` is no error."""
+    x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+    options = (2,) if op is F.max_pool1d else ()
+    with trace.recording() if recorded else nullcontext():
+        out = memberwise.vmap(lambda x: op(first(x), *options))(x)
+        (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    lone = x[0].detach().requires_grad_()
+    (alone,) = torch.autograd.grad(op(first(lone), *options).sum(), lone, create_graph=True)
+    assert grad.requires_grad == alone.requires_grad
+    if grad.requires_grad:
+        (again,) = torch.autograd.grad(grad.sum(), x)
+        assert torch.equal(again, torch.zeros_like(x))

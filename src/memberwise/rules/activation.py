@@ -31,9 +31,10 @@ def _signature(input: torch.Tensor, inplace: bool = False) -> Any:  # F.relu's o
 
 @composite(torch.relu, F.relu, torch.Tensor.relu, signature=_signature)
 class Relu:
-    """`max(x, 0)`; as alone, the result is kept and nothing else."""
+    """`max(x, 0)`; as alone, only the result is kept, and the gradient has a graph that leads through it."""
 
     saves = ()
+    only_below = True
 
     @staticmethod
     def forward(info: Any, in_dims: Any, x: torch.Tensor) -> Any:
@@ -50,7 +51,7 @@ class Relu:
 
     @staticmethod
     def again(needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:
-        """Linear in the gradient, and flat in the input."""
+        """Linear in the gradient, and flat in the result that was kept."""
         return (_backward(grad, kept[0], 0),)
 
 

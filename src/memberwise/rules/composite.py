@@ -12,6 +12,7 @@ differentiable torch functions on member tensors, for double backward. Without `
 single operations; an argument that was written since is an error there, and there alone.
 `below(info, in_dims, *args)`, if there is one, is the layer in functions that torch differentiates itself, on stacked
 tensors; it serves where the graph lies in them (see `memberwise.engine.lowering`), and it may answer a Decline.
+A class that sets `only_below` serves there alone.
 `plain` is what is run then, if it is not the torch function itself. Results are taken to be contiguous alone; a
 class whose lone results are not sets `lies_as_alone`, and returns them, and gradients, in the lone order a member.
 
@@ -48,6 +49,7 @@ from memberwise.rules.registry import composites_disabled, register_composite
 
 _ASIDE = Decline("a transform, autocast, a saved-tensor hook or a mode is active")
 _FOREIGN = Decline("a tensor that needs a gradient and was not taken into the call, yet")
+_ABOVE = Decline("torch's own node serves where the graph lies in the member tensors")
 _UNSEEN = Decline("no member tensor, or members of several levels, among its arguments")
 
 
@@ -113,7 +115,18 @@ _apply = applier(_Node)
 class Composite:
     """One layer's pair of functions, with the way in and out."""
 
-    __slots__ = ("again", "backward", "below", "forward", "function", "name", "saves", "signature", "wrap")
+    __slots__ = (
+        "again",
+        "backward",
+        "below",
+        "forward",
+        "function",
+        "name",
+        "only_below",
+        "saves",
+        "signature",
+        "wrap",
+    )
 
     def __init__(self, function: Callable[..., Any], rule: Any, signature: Callable[..., Any] | None) -> None:
         self.function = getattr(rule, "plain", function)
@@ -124,6 +137,7 @@ class Composite:
         self.signature = signature
         self.saves: Any = getattr(rule, "saves", None)
         self.wrap = wrap if getattr(rule, "lies_as_alone", False) else wrap_contiguous
+        self.only_below: bool = getattr(rule, "only_below", False)
         self.again: Callable[..., Any] | None = getattr(rule, "again", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -163,6 +177,8 @@ class Composite:
             return _ASIDE
         if lowered and not tracks:
             check_no_function(region)
+        if raised and self.only_below:
+            return _ABOVE
         if not tracks or not (lowered or raised):
             found = self.compute(region, dims, values)
             return found if type(found) is Decline else self.wrapped(found[0], region)
@@ -255,7 +271,7 @@ class Composite:
 
     def _found_again(self, region: Region, needs: Any, args: Any, kept: Any, grads: Any) -> Any:
         if self.again is not None:
-            return self.again(needs, args, [wrap(value.detach(), region) for value in kept], *grads)
+            return self.again(needs, args, [_kept_again(value, region) for value in kept], *grads)
         with composites_disabled(), torch.enable_grad():
             # own nodes: where one argument was computed from another, its gradient must not flow on into that one here
             args = [torch.ops.aten.alias(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
@@ -266,6 +282,11 @@ class Composite:
             ends, starts = [value for value, _ in pairs], [grad for _, grad in pairs]
             found = iter(torch.autograd.grad(ends, wanted, starts, create_graph=True, allow_unused=True))
         return [next(found) if need else None for need in needs]
+
+
+def _kept_again(value: torch.Tensor, region: Region) -> Any:
+    """What was kept, as a member tensor; a result that was kept has its graph, as alone."""
+    return enter([value], [True], region)[0] if value.requires_grad else wrap(value, region)
 
 
 def _outside(region: Region, function: Any, *args: Any) -> Any:
