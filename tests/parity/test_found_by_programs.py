@@ -144,3 +144,29 @@ def test_layers_that_could_draw_and_do_not_in_inference_mode() -> None:
     x = numbers(2, 4, 3, grad=False)
     with torch.inference_mode():
         assert_equal(memberwise.vmap(func)(x), torch.stack([func(own) for own in x]))
+
+
+class Asking(nn.Module):
+    """Asks for a value after its part has asked for one."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part, self.scale = part, nn.Parameter(torch.randn(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.part(x) * self.scale
+        return out * 2 if differs(out) else out * 3
+
+
+def test_a_module_parts_ways_after_a_part_of_it_has() -> None:
+    """In each member's run of the larger module, the smaller one ran for all members once more."""
+    models = [nn.Sequential(Asking(Asking(nn.Tanh()))).double() for _ in range(4)]
+    stack = memberwise.stack(models)
+    x = numbers(4, 2, 3, grad=False)
+    for _ in range(2):
+        out = stack(memberwise.each(x))
+        assert_equal(out, torch.stack([model(own) for model, own in zip(models, x, strict=True)]))
+    out.sum().backward()
+    for name, p in stack.named_parameters():
+        grads = [torch.autograd.grad(m(own).sum(), m.get_parameter(name))[0] for m, own in zip(models, x, strict=True)]
+        assert_equal(p.grad, torch.stack(grads), name)

@@ -58,6 +58,7 @@ class Region(DispatchMode):
         lowers: whether its tensors come in lowered, see `memberwise.engine.lowering`.
         looking: whether, gradients being off, operations read lowered tensors as they are.
         apart: the modules that run member by member in this call, and why.
+        turn: the member that runs alone now, while such a module does.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Region(DispatchMode):
         self.lowers = False
         self.looking = False
         self.apart: dict[Any, str] = {}
+        self.turn: int | None = None
         self.depth = 0
         self.given: dict[torch.Generator, torch.Tensor] = {}
         self._reached: list[tuple[torch.Tensor, Any, Any]] = []

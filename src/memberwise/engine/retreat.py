@@ -115,6 +115,8 @@ def _forward_by_members(
     **kwargs: Any,
 ) -> Any:
     """Inside a stacked run: this module's forward for each member alone, the results stacked again."""
+    if region.turn is not None:  # inside of a larger module that runs so
+        return forwards[region.turn](*args, **kwargs)
     start = trace.clock()
     with suspended(region):
         rows = _MemberRows(region)
@@ -134,6 +136,7 @@ def _forward_by_members(
             for i in range(region.batch_size):
                 turns.show(i)
                 held.show(i)
+                region.turn = i
                 try:
                     inner = recomputed_inside(partial(turns.again, i), instead=True)
                     with inner, rows.turn(), member_stream(region, i):
@@ -141,6 +144,8 @@ def _forward_by_members(
                 except Exception as error:
                     error._raised_alone_in = module  # type: ignore[attr-defined] # read by is_lone
                     raise
+                finally:
+                    region.turn = None
                 turns.collect()
                 held.collect()
         result = stack_outputs(outs, into, region)
