@@ -77,7 +77,7 @@ check-torch-tests: $(READY) ## PyTorch's own tests, pointed at Memberwise; PYTOR
 check-modules: $(READY) ## every module of torch.nn as a stack, against its members and torch.func; twenty minutes
 	$(ONE_THREAD) $(BIN)/python -m survey.modules $(ARGS)
 
-check-operations: $(READY) ## every operation of torch's own table, likewise; an hour
+check-operations: $(READY) ## every operation of torch's own table, likewise; an hour (ARGS=--resume: goes on)
 	$(ONE_THREAD) $(BIN)/python -m survey.operations $(ARGS)
 
 coverage: $(READY) ## both sweeps, over all modules and operations of torch, and docs/coverage.md from them; an hour

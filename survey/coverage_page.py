@@ -73,7 +73,7 @@ def _part(name: str) -> str:
     head, found = records.read(name)
     title, about = SWEEPS[name]
     machine, versions = head["machine"], head["versions"]
-    where = f"torch {versions['torch']}, {machine['processor']}, {head['date']}"
+    where = f"torch {versions['torch']}, {machine['processor']}, {head['date']}{_so_far(head)}"
     parts = [
         f"## {title}\n",
         f"{about}\n",
@@ -84,6 +84,12 @@ def _part(name: str) -> str:
         _faults(found),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _so_far(head: dict[str, Any]) -> str:
+    """What a sweep that was stopped has not come to."""
+    done, of = head.get("done"), head.get("of")
+    return "" if done == of else f". The first {done} of {of} are recorded; of the others this page says nothing yet"
 
 
 def _summary(found: Sequence[Record]) -> str:

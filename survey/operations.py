@@ -1,6 +1,7 @@
 """Every operation of torch's own test table for M members, against a loop: right, or refused by name.
 
-    make check-operations
+    make check-operations                             an hour; each operation is recorded when it is done
+    make check-operations ARGS=--resume               from where the last run of this commit stopped
     python -m survey.operations 'linalg.*' cumsum     these alone; nothing is written
 
 Each is called out of place and in place, with all tensors stacked and with one of them stacked and the others shared;
@@ -16,13 +17,15 @@ import multiprocessing
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
+from itertools import chain
 from typing import Any
 
 import torch
 from rich.progress import Progress
 
+from benchmarks import machine
 from memberwise.engine import trace
 from survey import records
 from survey.op_samples import MEMBERS, samples
@@ -158,24 +161,51 @@ def _send(there: Any, op: Any, stop: int | None, details: bool) -> None:
         there.send(record)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Survey the operations named, or all of them."""
-    parser = argparse.ArgumentParser(prog="python -m survey.operations", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="names or patterns, e.g. 'linalg.*'; all if none")
-    parser.add_argument("--first", type=int, help="the first so many samples of an operation alone")
-    parser.add_argument("--seconds", type=float, default=600, help="what one dtype and form of an operation may take")
-    options = parser.parse_args(argv)
-    patterns = options.names or ["*"]
-    chosen = [op for op in TABLE if any(fnmatch.fnmatch(name_of(op), pattern) for pattern in patterns)]
-    found: list[Record] = []
+def recorded() -> tuple[int, list[Record]]:
+    """How many operations a run of this commit has recorded, and its records; of any other run, none."""
+    if not records.exists("operations"):
+        return 0, []
+    head, found = records.read("operations")
+    return (head["done"], found) if head["versions"] == machine.versions() and _is_committed(head) else (0, [])
+
+
+def _is_committed(head: dict[str, Any]) -> bool:
+    """Sources that differ from their commit may differ from those of the last run, too."""
+    return not head["versions"]["commit"].endswith(("+", "unknown"))
+
+
+def swept(resume: bool, seconds: float) -> list[Record]:
+    """All operations, recorded one by one."""
+    before, found = recorded() if resume else (0, [])
+    for done, own in enumerate(_run(TABLE[before:], None, seconds), before + 1):
+        found += own
+        records.write("operations", found, members=MEMBERS, done=done, of=len(TABLE))
+    return found
+
+
+def _run(chosen: Sequence[Any], stop: int | None, seconds: float, details: bool = False) -> Iterator[list[Record]]:
     with Progress(auto_refresh=False) as progress:  # a thread that draws would not survive a fork
         task = progress.add_task("operations", total=len(chosen))
         for op in chosen:
             progress.update(task, description=name_of(op), refresh=True)
-            found += apart(op, options.first, options.seconds, details=bool(options.names))
+            yield apart(op, stop, seconds, details)
             progress.advance(task)
-    if not options.names:
-        print(records.write("operations", found, members=MEMBERS))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Survey the operations named, or all of them."""
+    parser = argparse.ArgumentParser(prog="python -m survey.operations", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="names or patterns, e.g. 'linalg.*'; all if none")
+    parser.add_argument("--resume", action="store_true", help="go on where the last run of this commit stopped")
+    parser.add_argument("--first", type=int, help="only so many samples of each; nothing is written")
+    parser.add_argument("--seconds", type=float, default=600, help="what one dtype and form of an operation may take")
+    options = parser.parse_args(argv)
+    if options.names or options.first:
+        patterns = options.names or ["*"]
+        chosen = [op for op in TABLE if any(fnmatch.fnmatch(name_of(op), pattern) for pattern in patterns)]
+        found = [*chain(*_run(chosen, options.first, options.seconds, details=bool(options.names)))]
+    else:
+        found = swept(options.resume, options.seconds)
     counts = Counter(record.verdict for record in found)
     print(", ".join(f"{counts[verdict]} {verdict}" for verdict in records.VERDICTS))
     for record in found:

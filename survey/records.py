@@ -58,7 +58,7 @@ def worst(verdicts: Iterable[str]) -> str:
 
 
 def write(name: str, records: Iterable[Record], **head: Any) -> Path:
-    """Write `survey/results/NAME.json`: the records, and on what they were made."""
+    """Write `survey/results/NAME.json`: the records, and on what they were made; never half a file."""
     document = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine.machine(),
@@ -68,8 +68,9 @@ def write(name: str, records: Iterable[Record], **head: Any) -> Path:
     }
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    return path
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(document, indent=1) + "\n")
+    return fresh.replace(path)
 
 
 def exists(name: str) -> bool:

@@ -28,7 +28,7 @@ hardtanh i0 isinf isnan leaky_relu lgamma log log10 log1p log2 logical_not logit
 mish nan_to_num neg polygamma rad2deg reciprocal relu round rsqrt sgn sigmoid sign signbit
 silu sin sinc sinh softplus softshrink sqrt tan tanh threshold trunc zeros_like ones_like full_like
 empty_like clone _to_copy alias_copy special_entr special_erfcx special_i0e special_i1 special_i1e
-special_log_ndtr special_ndtri real_copy imag_copy
+special_log_ndtr special_ndtri special_airy_ai real_copy imag_copy
 """)
 
 BINARY = _words("""
@@ -40,6 +40,10 @@ leaky_relu_backward sigmoid_backward tanh_backward softplus_backward softshrink_
 hardsigmoid_backward hardswish_backward logit_backward native_dropout_backward where
 addcmul addcdiv lerp clamp clamp_min clamp_max masked_fill polar complex igamma igammac
 _prelu_kernel _prelu_kernel_backward
+special_chebyshev_polynomial_t special_chebyshev_polynomial_u special_chebyshev_polynomial_v
+special_chebyshev_polynomial_w special_shifted_chebyshev_polynomial_t special_shifted_chebyshev_polynomial_u
+special_shifted_chebyshev_polynomial_v special_shifted_chebyshev_polynomial_w special_hermite_polynomial_h
+special_hermite_polynomial_he special_laguerre_polynomial_l special_legendre_polynomial_p
 """)
 
 ONE_SHAPE = ("gelu_backward", "rrelu_with_noise_backward")
