@@ -102,6 +102,15 @@ def squeeze(info: Any, in_dims: Any, x: torch.Tensor, dim: int) -> Any:
     return (x.squeeze(dim) if x.ndim > 1 else x.view_as(x)), 0
 
 
+@register_rule(_aten.squeeze.default)
+@register_rule(_aten.squeeze.dims)
+def squeeze_several(info: Any, in_dims: Any, x: torch.Tensor, dims: Any = None) -> Any:
+    """One dimension further; the member axis stays, of whatever size. Without `dims`, all the others."""
+    ndim = x.ndim - 1
+    dims = range(1, ndim + 1) if dims is None else shift_all(dims, ndim)
+    return (x.squeeze(tuple(dims)) if ndim else x.view_as(x)), 0
+
+
 @register_rule(_aten.detach.default)
 def detach(info: Any, in_dims: Any, x: torch.Tensor) -> Any:
     """The same memory."""
@@ -177,12 +186,6 @@ def as_strided(info: Any, in_dims: Any, x: torch.Tensor, size: Any, stride: Any,
     return x.as_strided((x.shape[0], *size), (x.stride(0), *stride), start), 0
 
 
-@register_rule(_aten.as_strided_copy.default)
-def as_strided_copy(info: Any, in_dims: Any, x: torch.Tensor, size: Any, stride: Any, offset: Any = None) -> Any:
-    """torch's batching has none, and one member's slice does not begin where the lone tensor does."""
-    return as_strided(info, in_dims, x, size, stride, offset)[0].clone(memory_format=torch.contiguous_format), 0
-
-
 @register_rule(_aten.new_empty_strided.default)
 def new_empty_strided(info: Any, in_dims: Any, x: torch.Tensor, size: Any, stride: Any, **kwargs: Any) -> Any:
     """Each member gets the memory that these strides ask for; torch's batching refuses some layouts."""
@@ -236,3 +239,30 @@ register_rule(_aten.new_zeros.default, _new("new_zeros"))
 register_rule(_aten.new_ones.default, _new("new_ones"))
 register_rule(_aten.new_empty.default, _new("new_empty"))
 register_rule(_aten.new_full.default, _new("new_full"))
+
+
+COPIES = {
+    _aten.as_strided_copy.default: as_strided,
+    _aten.permute_copy.default: permute,
+    _aten.squeeze_copy.default: squeeze_several,
+    _aten.squeeze_copy.dim: squeeze,
+    _aten.squeeze_copy.dims: squeeze_several,
+    _aten.t_copy.default: t,
+    _aten.transpose_copy.int: transpose,
+    _aten.unsqueeze_copy.default: unsqueeze,
+}
+"""Views into memory of their own, in order: torch's batching has none of these, or strides over other members."""
+
+
+def _copied(view_rule: Any) -> Any:
+    def rule(info: Any, in_dims: Any, *args: Any) -> Any:
+        answer = view_rule(info, in_dims, *args)
+        if isinstance(answer, Decline):
+            return answer
+        return answer[0].clone(memory_format=torch.contiguous_format), 0
+
+    return rule
+
+
+for _copy, _view in COPIES.items():
+    register_rule(_copy, _copied(_view))
