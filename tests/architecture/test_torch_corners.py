@@ -249,6 +249,23 @@ def test_a_count_of_writes_can_be_set_back() -> None:
     assert versions.version(y) == 0
 
 
+def test_an_operation_runs_as_the_operations_it_calls() -> None:
+    """Breaks: inference mode hands such an operation over whole, with writes that its schema keeps quiet."""
+    aten = torch.ops.aten
+    assert not dispatch.is_made_of_others(aten.mul.Tensor)
+    assert all(
+        map(
+            dispatch.is_made_of_others,
+            (aten.dropout.default, aten.batch_norm.default, aten._batch_norm_impl_index.default),
+        )
+    )
+    x, mean = torch.randn(4, 2), torch.zeros(2)
+    with torch.inference_mode(), _Recorder() as mode:
+        assert dispatch.run_as_others(aten.dropout.default, (x, 0.5, False), {}) is x
+        dispatch.run_as_others(aten.batch_norm.default, (x, None, None, mean, mean + 1, True, 0.1, 1e-5, False), {})
+    assert "aten._batch_norm_impl_index.default" in mode.seen and bool(mean.any())
+
+
 def test_a_detached_row_shares_the_count_of_writes_and_is_no_view() -> None:
     """What `engine/rows.py` is built on."""
     whole = torch.zeros(3, 2, requires_grad=True) * 1

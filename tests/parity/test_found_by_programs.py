@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import memberwise
+from memberwise.rules.registry import composites_disabled
 from memberwise.testing.tolerance import assert_equal
 from tests.parity.loops import check, numbers
 
@@ -170,3 +171,34 @@ def test_a_module_parts_ways_after_a_part_of_it_has() -> None:
     for name, p in stack.named_parameters():
         grads = [torch.autograd.grad(m(own).sum(), m.get_parameter(name))[0] for m, own in zip(models, x, strict=True)]
         assert_equal(p.grad, torch.stack(grads), name)
+
+
+def test_what_torch_hands_back_in_inference_mode_is_what_was_given() -> None:
+    """There torch hands dropout over whole, and batching it made a new tensor."""
+    layer = nn.Dropout(0.3).eval()
+
+    def func(x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            same = layer(x)
+        return same * 2
+
+    check(func, numbers(2, 3))
+
+
+def test_statistics_written_in_inference_mode_are_put_back() -> None:
+    """There torch hands batch normalization over whole, as an operation whose schema tells of no writes."""
+    models = [nn.BatchNorm1d(3).double() for _ in range(4)]
+    params, buffers = memberwise.stack_module_state(models)
+    x = numbers(4, 5, 3, grad=False)
+
+    def func(p: dict[str, torch.Tensor], b: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            out = memberwise.functional_call(models[0], (p, b), x)
+        return x * 2 if differs(x) else out * 3
+
+    with composites_disabled():
+        memberwise.vmap(func)(params, buffers, x)
+    for model, own in zip(models, x, strict=True):
+        model(own)
+    for name, buffer in buffers.items():
+        assert_equal(buffer, torch.stack([model.get_buffer(name) for model in models]), name)

@@ -24,10 +24,12 @@ __all__ = [
     "forward_of_function",
     "functorch_active",
     "has_tangents",
+    "is_made_of_others",
     "make_wrapper",
     "mode_depth",
     "pop_mode",
     "push_mode",
+    "run_as_others",
     "shorten_backward",
     "suspended",
     "top_mode",
@@ -62,6 +64,19 @@ def suspended(mode: Any) -> Iterator[None]:
         yield
     finally:
         push_mode(mode)
+
+
+def is_made_of_others(func: Any) -> bool:
+    """Whether an operation has a kernel that calls other operations.
+
+    Autograd runs it above all dispatch, so that only inference mode hands such an operation over whole.
+    """
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+def run_as_others(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operation by that kernel; `func.decompose` may take another one, written for tracers."""
+    return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
 
 
 def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:

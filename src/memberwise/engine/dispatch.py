@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from memberwise._torch.dispatch import mode_depth, without_dispatch
+from memberwise._torch.dispatch import mode_depth, pop_mode, push_mode, run_as_others, without_dispatch
 from memberwise.engine import ladder, trace
 from memberwise.engine.ambient import Region
 from memberwise.engine.layout import count_write, promote, relatives, settle, stay_inside
@@ -33,6 +33,8 @@ def on_dispatch(func: Any, args: Any, kwargs: Any, region: Region | None = None)
         out = _quick(op, args, region)
         if out is not None:
             return out
+    if op.made_of_others:
+        return _as_others(func, args, kwargs or {}, region)
     if op.moves_in_place and not op.swaps_memory and isinstance(args[0], MemberTensor):
         return _move_in_place(func, args, kwargs or {}, region)
     call = Call(op, region)
@@ -93,6 +95,17 @@ def _wrap(out: Any, dims: Any, region: Region, source: Any, differs: bool) -> An
         each = dims if isinstance(dims, list | tuple) else [dims] * len(out)
         return type(out)([_wrap(one, at, region, source, differs) for one, at in zip(out, each, strict=True)])
     return out
+
+
+def _as_others(func: Any, args: Any, kwargs: dict[str, Any], region: Region | None) -> Any:
+    """An operation that is handed over whole, as in inference mode, by the operations that it calls."""
+    if region is None:
+        return run_as_others(func, args, kwargs)
+    push_mode(region)
+    try:
+        return run_as_others(func, args, kwargs)
+    finally:
+        pop_mode()
 
 
 def _move_in_place(func: Any, args: Any, kwargs: dict[str, Any], region: Region | None) -> Any:

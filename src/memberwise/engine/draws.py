@@ -18,12 +18,6 @@ if TYPE_CHECKING:
 _aten = torch.ops.aten
 
 
-def _drops_between_layers(values: Any, kwargs: Any) -> bool:
-    """A recurrent layer, which inference mode hands over whole; a packed one has an argument more."""
-    at = 5 if isinstance(values[3], bool) else 6
-    return values[at] > 0 and values[at + 1]
-
-
 _DRAWS_ONLY_IF: dict[str, Callable[[Any, Any], bool]] = {
     "aten::native_dropout": lambda values, kwargs: values[2] is not False,
     "aten::rrelu_with_noise": lambda values, kwargs: len(values) > 4 and bool(values[4]),
@@ -35,8 +29,6 @@ _DRAWS_ONLY_IF: dict[str, Callable[[Any, Any], bool]] = {
     "aten::_scaled_dot_product_cudnn_attention": lambda values, kwargs: len(values) > 5 and values[5] > 0,
     "aten::_scaled_dot_product_attention_math": lambda values, kwargs: len(values) > 4 and values[4] > 0,
     "aten::_cudnn_rnn": lambda values, kwargs: values[11] > 0 and values[12],
-    **dict.fromkeys(("aten::dropout", "aten::alpha_dropout"), lambda values, kwargs: values[2] and values[1] > 0),
-    **dict.fromkeys(("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"), _drops_between_layers),
     "aten::_scaled_dot_product_flash_attention_backward": lambda values, kwargs: False,  # they redo a draw
     "aten::_scaled_dot_product_efficient_attention_backward": lambda values, kwargs: False,
     "aten::_scaled_dot_product_cudnn_attention_backward": lambda values, kwargs: False,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from memberwise._torch.dispatch import is_made_of_others
 from memberwise.rules.registry import LONE_CONTIGUOUS, RULES, on_change
 
 _WRITES_UNSAID = {"native_batch_norm": (3, 4), "cudnn_batch_norm": (3, 4), "miopen_batch_norm": (3, 4)}
@@ -27,6 +28,7 @@ class Operation:
         moves_in_place: whether it changes the shape or strides of its argument (`squeeze_`).
         quick: whether a rule may be tried with no further look.
         counts: whether its writes count for autograd: those that its schema does not tell of do not.
+        made_of_others: whether it has no rule, and is run as the operations that it calls.
         lone_contiguous: whether its lone result is contiguous, whatever the arguments.
     """
 
@@ -42,6 +44,7 @@ class Operation:
     swaps_memory: bool = False
     lone_contiguous: bool = False
     counts: bool = True
+    made_of_others: bool = False
     quick: bool = False
 
     def __post_init__(self) -> None:
@@ -121,4 +124,5 @@ def _read(func: Any) -> Operation:
         schema.name == "aten::set_",
         func in LONE_CONTIGUOUS,
         not unsaid,
+        func not in RULES and is_made_of_others(func),
     )

@@ -123,7 +123,8 @@ class _TakeOut(torch.autograd.Function):
 
 
 def _rows(tensor: torch.Tensor, dim: int) -> list[torch.Tensor]:
-    return [tensor.select(dim, i).detach() for i in range(tensor.shape[dim])]
+    rows = [tensor.select(dim, i) for i in range(tensor.shape[dim])]
+    return rows if tensor.is_inference() else [row.detach() for row in rows]  # else such rows could be written
 
 
 class ParameterRow(torch.Tensor):
