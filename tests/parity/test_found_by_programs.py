@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -202,3 +204,28 @@ def test_statistics_written_in_inference_mode_are_put_back() -> None:
         model(own)
     for name, buffer in buffers.items():
         assert_equal(buffer, torch.stack([model.get_buffer(name) for model in models]), name)
+
+
+class Looked(nn.Module):
+    """Takes a view of what a layer gives, where gradients are off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, eps=0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.norm(x)
+        with torch.no_grad():
+            out[0].clone()
+        return out
+
+
+def test_a_result_of_a_layer_keeps_its_graph_when_a_view_of_it_is_taken() -> None:
+    """The stacked result was brought into a lone run's memory order where autograd does not look."""
+    models = [Looked().double().eval() for _ in range(3)]
+    x = numbers(3, 4, 3)
+    out = memberwise.stack(models)(memberwise.each(x))
+    (grad,) = torch.autograd.grad(out.square().sum(), x)
+    for own, model, found in zip(x.detach(), models, grad, strict=True):
+        own.requires_grad_()
+        assert_equal(found, torch.autograd.grad(model(own).square().sum(), own)[0])

@@ -43,12 +43,16 @@ def on_function(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = N
         if below:
             lowering.make_way(func, below)
             if not torch.is_grad_enabled():
-                return _looking(below[0]._region, func, args, kwargs, reason)
+                return _looking(below, func, args, kwargs, reason)
         return _single(func, args, kwargs, reason)
 
 
-def _looking(region: Any, func: Any, args: Any, kwargs: Any, reason: str) -> Any:
+def _looking(below: list[MemberTensor], func: Any, args: Any, kwargs: Any, reason: str) -> Any:
     """Gradients being off, an operation reads lowered tensors as they are."""
+    for member in below:
+        if member._differs and member._lowered:
+            lowering.settle_with_its_graph(member)
+    region = below[0]._region
     before, region.looking = region.looking, True
     try:
         return _single(func, args, kwargs, reason)

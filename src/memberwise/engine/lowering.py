@@ -28,10 +28,12 @@ from memberwise._torch.dispatch import (
     has_tangents,
     mode_depth,
     shorten_backward,
+    without_dispatch,
 )
 from memberwise._torch.versions import set_versions, version
 from memberwise.engine.crossing import Enter
 from memberwise.engine.kinds import COMPUTES, LOOKS, kind_of
+from memberwise.engine.layout import settle
 from memberwise.engine.signals import Unlowered
 from memberwise.engine.tensor import MemberTensor
 from memberwise.errors import EngineError, fail
@@ -152,6 +154,12 @@ def raise_(members: list[MemberTensor]) -> None:
     set_versions(members, versions)
     for member in members:
         member._lowered = False
+
+
+def settle_with_its_graph(member: MemberTensor) -> None:
+    """Bring a lowered tensor into the declared order here, above dispatch: below, its graph would be lost."""
+    with without_dispatch(), torch.inference_mode(False), torch.enable_grad():
+        settle(member)
 
 
 def check_no_function(region: Region) -> None:
