@@ -79,6 +79,36 @@ def test_batching_comes_before_the_loop() -> None:
     assert paths <= {"vmap", "rule"} and paths
 
 
+IN_PLACE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "addmm_": lambda x: (x * 1).addmm_(x, x, beta=0.5),
+    "addr_": lambda x: (x * 1).addr_(x[0], x[:, 1]),
+    "baddbmm_": lambda x: (x[None] * 1).baddbmm_(x[None], x[None]),
+    "cumsum_ of a view": lambda x: in_place(x * 1, lambda y: y[1:].cumsum_(0)),
+    "cumprod_": lambda x: (x * 1).cumprod_(1),
+    "tril_": lambda x: (x * 1).tril_(-1),
+}
+
+
+def in_place(x: torch.Tensor, write: Callable[[torch.Tensor], object]) -> torch.Tensor:
+    write(x)
+    return x
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_as_out_of_place(name: str) -> None:
+    """What torch batches out of place alone is written by a copy of that, and not member by member."""
+    with trace.recording() as record:
+        check(IN_PLACE[name], numbers(3, 4, 4))
+    assert not [entry.op for entry in record.entries.values() if entry.path in ("loop", "retreat")]
+
+
+def test_in_place_does_not_broadcast_what_it_writes_into() -> None:
+    x = numbers(3, 4, 4, grad=False)
+    with warnings.catch_warnings(), pytest.raises(RuntimeError):
+        warnings.simplefilter("ignore")
+        memberwise.vmap(lambda x: x[:1].clone().addmm_(x, x))(x)
+
+
 def looped(x: torch.Tensor) -> torch.Tensor:
     """torch has no batching rule for `histc`."""
     return torch.histc(x, bins=4, min=-2, max=2) + x.sum()

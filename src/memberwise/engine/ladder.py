@@ -54,9 +54,30 @@ def _without_rule(
             return (out, 0), "vmap", reason
         except Unbatchable:
             reason = reason or "torch has no batching rule for it"
+            found = _in_new_memory(op, region, values, dims, kwargs)
+            if found is not None:
+                return *found, reason
             what = f"{op.name} ran member by member: {reason}"
             trace.warn_slow("MW206", what, "Register a rule for it with memberwise.register_rule")
     return by_member(op, region, values, dims, kwargs), "loop", reason
+
+
+def _in_new_memory(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> Any:
+    """`(out, out_dims, path)` of what writes its first argument: by the same operation out of place, and a copy."""
+    twin = op.twin
+    if twin is None or dims[0] is None:
+        return None
+    found = twin.rule(region, dims, *values, **kwargs) if twin.rule is not None else None
+    path = "rule"
+    if found is None or type(found) is Decline:
+        try:
+            found, path = (batch(twin.func, dims, values, kwargs, region.batch_size, region.randomness), 0), "vmap"
+        except Unbatchable:
+            return None
+    target, (out, _) = values[0], found
+    if (out.shape, out.dtype) != (target.shape, target.dtype):
+        return None
+    return (target.copy_(out), 0), path
 
 
 def _as_alone(op: Operation, out: Any, values: Any, dims: Any, kwargs: Any) -> Any:

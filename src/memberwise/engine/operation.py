@@ -51,6 +51,16 @@ class Operation:
         apart = self.written or self.is_random or self.is_host or self.moves_in_place
         self.quick = self.rule is not None and not apart
 
+    @property
+    def twin(self) -> Operation | None:
+        """The same operation out of place (`addmm` of `addmm_`), where there is one."""
+        space, _, name = self.name.partition("::")
+        if self.written != (0,) or not name.endswith("_") or self.is_random or self.moves_in_place:
+            return None
+        packet = getattr(getattr(torch.ops, space), name.removesuffix("_"), None)
+        other = getattr(packet, self.func._schema.overload_name or "default", None)
+        return None if other is None or other._schema.is_mutable else describe(other)
+
     def positional(self, names: tuple[str, ...]) -> Operation:
         """The same, with the named arguments behind the others."""
         return replace(self, func=Positional(self.func, names))
