@@ -32,7 +32,7 @@ def strangers(module: nn.Module, shared: Sequence[str] = ()) -> Iterator[str]:
     for path, sub in module.named_modules():
         if any(path.startswith(above) for above in closed):
             continue
-        why = next((why for kind, why in _KINDS if isinstance(sub, kind)), None)
+        why = next((why for kind, why in _KINDS if isinstance(sub, kind)), None) or _in_cpp(sub)
         if why is not None:
             closed.append(f"{path}." if path else "")
             what = f"module '{path}'" if path else "the model"
@@ -46,6 +46,12 @@ def strangers(module: nn.Module, shared: Sequence[str] = ()) -> Iterator[str]:
                 why = unstackable(tensor)
                 if why is not None:
                     yield f"{kind} '{name}' {why}"
+
+
+def _in_cpp(module: nn.Module) -> str | None:
+    """What a module keeps in C++, as torch's quantised layers keep their weights."""
+    name = next((name for name, value in vars(module).items() if isinstance(value, torch.ScriptObject)), None)
+    return name and f"keeps '{name}' in C++, where no stack can see it; stack the modules before they are quantised"
 
 
 def unstackable(tensor: torch.Tensor) -> str | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
-from memberwise._torch import backward, dynamo, gradhooks, recurrent, views
+from memberwise._torch import backward, controlflow, dlpack, dynamo, gradhooks, recurrent, views
 
 
 class View(torch.Tensor):
@@ -105,3 +108,27 @@ def test_hooks_on_a_gradient_are_seen() -> None:
         assert gradhooks.has_hooks(tensor)
         handle.remove()
         assert not gradhooks.has_hooks(tensor)
+
+
+def test_control_flow_asks_before_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks: `torch.cond` in a call would fail in the compiler, and so would each later one."""
+
+    def objects() -> Any:
+        raise KeyError("asked")
+
+    monkeypatch.setattr(controlflow, "_around", objects)
+    with pytest.raises(KeyError, match="asked"):
+        torch.cond(torch.ones(()) > 0, torch.sin, torch.cos, (torch.ones(2),))
+
+
+def test_to_dlpack_asks_the_kinds_that_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks: `to_dlpack` of a member tensor gives out no memory, and the process ends."""
+
+    class Answers(torch.Tensor):
+        def __dlpack__(self, **kwargs: object) -> str:
+            return "its own"
+
+    tensor = torch.ones(2).as_subclass(Answers)
+    monkeypatch.setattr(dlpack, "_asked", [*dlpack._asked, Answers])
+    assert torch.utils.dlpack.to_dlpack(tensor) == torch.to_dlpack(tensor) == "its own"
+    assert torch.from_dlpack(torch.to_dlpack(torch.ones(2))).tolist() == [1, 1]

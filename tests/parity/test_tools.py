@@ -100,3 +100,23 @@ def test_a_member_is_copied_with_its_tools() -> None:
     stack = memberwise.stack(models(tool))
     x = torch.randn(5, 4, dtype=tool.dtype)
     assert_equal(copy.deepcopy(stack)(x).detach(), stack(x).detach(), "output of a copy")
+
+
+@pytest.mark.filterwarnings("ignore::memberwise.errors.StackWarning")
+@pytest.mark.parametrize("randomness", ["error", "different", "same"])
+def test_control_flow_runs_alone_after_it_ran_in_a_call(randomness: str) -> None:
+    """What the compiler meets in a call, it does not remember of the code."""
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(9))
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+
+    found = memberwise.vmap(f, randomness=randomness)(x)
+    assert_equal(found, torch.stack([f(own) for own in x]), "output")
+
+
+@pytest.mark.filterwarnings("ignore::memberwise.errors.StackWarning")
+def test_a_draw_in_control_flow_is_refused_as_others_are() -> None:
+    with pytest.raises(memberwise.MemberwiseError) as caught:
+        memberwise.vmap(lambda x: torch.cond(x.sum() > 0, torch.rand_like, torch.rand_like, (x,)))(torch.ones(3, 4))
+    assert caught.value.code == "MW202"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import distributed, fx, nn
+from torch.ao.quantization import quantize_dynamic
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from tests.parity.tools_table import BY_MEMBERS, WORKS, Section, Using
@@ -55,7 +59,39 @@ def _x(module: nn.Module) -> torch.Tensor:
     return torch.ones(5, 4, dtype=next(module.parameters()).dtype)
 
 
+def quantised(kind: type, module: nn.Module) -> nn.Module:
+    return quantize_dynamic(nn.Sequential(module), {kind})
+
+
+row.add("a layer quantised by `torch.ao`", "MW113", make=first_as(partial(quantised, nn.Linear)), dtype=F32)
+row.add(
+    "a recurrent layer quantised by `torch.ao`",
+    "MW113",
+    lambda self, x: self.last(self.recurrent(x[None])[0][0]),
+    make=lambda model: setattr(model, "recurrent", quantised(nn.LSTM, nn.LSTM(4, 4))[0]),
+    dtype=F32,
+)
+
 row.add("`DataParallel` on the CPU", WORKS, make=first_as(nn.DataParallel))
+
+
+def alone_in_its_group() -> None:
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+
+
+def exchanging(module: nn.Module) -> nn.Module:
+    alone_in_its_group()
+    return nn.parallel.DistributedDataParallel(module)
+
+
+def spread(model: Using) -> None:
+    alone_in_its_group()
+    fully_shard(model.first, mesh=init_device_mesh("cpu", (1,)))
+
+
+row.add("`DistributedDataParallel`", "MW113", make=first_as(exchanging), note="wrap the stack")
+row.add("parameters that are DTensors (`fully_shard`)", "MW113", make=spread)
 
 row.add("`parametrizations.weight_norm`", WORKS, make=first_as(parametrizations.weight_norm))
 row.add("`parametrizations.spectral_norm`", BY_MEMBERS, make=first_as(parametrizations.spectral_norm))

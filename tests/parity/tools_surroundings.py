@@ -7,6 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch._higher_order_ops.map import map as torch_map
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
+from torch.nn.attention.flex_attention import flex_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
@@ -122,6 +126,28 @@ def _(self: Using, x: torch.Tensor) -> torch.Tensor:
 @row("`if` in which they differ", BY_MEMBERS)
 def _(self: Using, x: torch.Tensor) -> torch.Tensor:
     return self.last(self.hidden(x) * 2 if self.first.weight.sum() > 0 else self.hidden(x))
+
+
+def branch(self: Using, x: torch.Tensor) -> torch.Tensor:
+    return torch.cond(x.sum() > 0, lambda t: self.first(t), lambda t: t.cos(), (x,))
+
+
+def halved(x: torch.Tensor) -> torch.Tensor:
+    """Until it is small."""
+    loop: Any = while_loop(lambda t: t.abs().max() > 0.1, lambda t: (t / 2,), (x.detach(),))
+    return loop[0]
+
+
+row.add("`torch.cond`", BY_MEMBERS, lambda self, x: self.last(branch(self, self.hidden(x))))
+row.add("`while_loop`", BY_MEMBERS, lambda self, x: self.last(self.hidden(x) + halved(self.hidden(x))))
+row.add("`scan`", BY_MEMBERS, lambda self, x: self.last(scan(lambda c, t: (c + t, c * t), x[0] * 0, self.hidden(x))[1]))
+row.add("`map`", BY_MEMBERS, lambda self, x: self.last(torch_map(lambda t: t.sin(), self.hidden(x))))
+
+
+@row("`flex_attention` on the CPU", BY_MEMBERS, grad=False, dtype=torch.float32, note="there without a gradient")
+def _(self: Using, x: torch.Tensor) -> torch.Tensor:
+    heads = self.hidden(x).tile(1, 4)[None, None]
+    return self.last(flex_attention(heads, heads, heads, lambda score, b, h, q, k: score + q - k)[0, 0, :, :4])
 
 
 @row("`print(x)`, `repr(x)`", WORKS, note="shows what a member tensor is, and no values")

@@ -170,6 +170,11 @@ def _(self: Using, x: torch.Tensor) -> torch.Tensor:
     return self.last(self.hidden(x) * torch.from_dlpack(self.hidden(x).detach()))
 
 
+@row("DLPack by `to_dlpack`", BY_MEMBERS)
+def _(self: Using, x: torch.Tensor) -> torch.Tensor:
+    return self.last(self.hidden(x) * torch.from_dlpack(torch.utils.dlpack.to_dlpack(self.hidden(x).detach())))
+
+
 @row("`x.apply_`, `x.map_`", BY_MEMBERS)
 def _(self: Using, x: torch.Tensor) -> torch.Tensor:
     halves = self.hidden(x).detach().apply_(lambda value: value / 2)

@@ -27,6 +27,7 @@ __all__ = [
     "is_made_of_others",
     "make_wrapper",
     "mode_depth",
+    "modes",
     "pop_mode",
     "push_mode",
     "run_as_others",
@@ -51,6 +52,11 @@ def top_mode() -> Any:
     """The innermost dispatch mode, or None."""
     depth = mode_depth()
     return torch._C._get_dispatch_stack_at(depth - 1) if depth else None
+
+
+def modes() -> list[Any]:
+    """The dispatch modes that are on, innermost first."""
+    return [torch._C._get_dispatch_stack_at(place) for place in reversed(range(mode_depth()))]
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from memberwise._torch.dlpack import by_method
 from memberwise._torch.nested import is_left_aligned
 from memberwise._torch.packing import pack_padded_sequence
 from memberwise.engine.lengths import TAKES_LENGTHS
@@ -75,3 +76,5 @@ HOST: dict[Any, Callable[..., Any]] = {
     **{getattr(_T, name): _memory(name) for name in ("apply_", "map_", "map2_")},  # they write it, in C++
 }
 """Torch function -> what it does with a member tensor."""
+
+by_method(MemberTensor)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, NoReturn
 
 import torch
 
@@ -14,7 +14,7 @@ from memberwise.engine.ambient import Region, refuse_to_draw_again
 from memberwise.engine.draws import draws
 from memberwise.engine.operation import describe
 from memberwise.errors import EngineError, fail
-from memberwise.generators import drawing_from, global_generators, restoring
+from memberwise.generators import drawing_from, global_generators, restoring, state_of
 
 
 @contextmanager
@@ -46,17 +46,35 @@ def _drawing_once(stream: torch.Generator) -> Iterator[None]:
         refuse_to_draw_again()
 
 
-class _RefuseDraws(DispatchMode):
+class LoneMode(DispatchMode):
+    """What watches a run by members; control flow, which torch compiles without modes, runs in `aside()`."""
+
+    def aside(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class _RefuseDraws(LoneMode):
     """randomness="error" for a run by members."""
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        before = [*map(state_of, global_generators())]
+        yield
+        if before != [*map(state_of, global_generators())]:
+            _refuse("in control flow")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags and draws(describe(func), args, kwargs or {}):
-            what = f"vmap: called random operation while in randomness error mode: {func}"
-            fail(EngineError, "MW202", what, do="Pass randomness='different' or 'same', or generators=")
+            _refuse(func)
         return func(*args, **(kwargs or {}))
 
 
-class _DrawAlike(DispatchMode):
+def _refuse(what: Any) -> NoReturn:
+    what = f"vmap: called random operation while in randomness error mode: {what}"
+    fail(EngineError, "MW202", what, do="Pass randomness='different' or 'same', or generators=")
+
+
+class _DrawAlike(LoneMode):
     """randomness="same" for a run by members: a generator that the function itself gives stands, at each member's first
     draw from it, where it stood at the first member's."""
 

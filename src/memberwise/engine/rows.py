@@ -138,6 +138,7 @@ class ParameterRow(torch.Tensor):
     _began: bool
     is_leaf = property(lambda self: True)  # type: ignore[assignment] # torch has an attribute of C here
     grad_fn = property(lambda self: None)  # type: ignore[assignment] # likewise
+    grad_dtype = property(lambda self: self._whole.grad_dtype)  # type: ignore[assignment] # likewise; a leaf has one
 
     @property
     def grad(self) -> torch.Tensor | None:  # type: ignore[override] # likewise
