@@ -253,6 +253,7 @@ def test_an_operation_runs_as_the_operations_it_calls() -> None:
     """Breaks: inference mode hands such an operation over whole, with writes that its schema keeps quiet."""
     aten = torch.ops.aten
     assert not dispatch.is_made_of_others(aten.mul.Tensor)
+    assert not dispatch.is_made_of_others(torch.ops.prim.layout.default)
     assert all(
         map(
             dispatch.is_made_of_others,

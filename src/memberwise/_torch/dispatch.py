@@ -75,9 +75,13 @@ def suspended(mode: Any) -> Iterator[None]:
 def is_made_of_others(func: Any) -> bool:
     """Whether an operation has a kernel that calls other operations.
 
-    Autograd runs it above all dispatch, so that only inference mode hands such an operation over whole.
+    Autograd runs it above all dispatch, so that only inference mode hands such an operation over whole. Operations of
+    the scripting language alone (`prim::layout`) have no kernel at all, and torch fails where it is asked which.
     """
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    name = func.name()
+    if not torch._C._dispatch_has_kernel(name):
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
 def run_as_others(func: Any, args: Any, kwargs: Any) -> Any:
