@@ -62,7 +62,8 @@ class Started:
 def measure(request: Request) -> dict[str, object]:
     """The row, in this process. Raises `Red`, before any timing, if any rival is wrong."""
     torch.set_num_threads(request.threads)
-    torch.backends.cudnn.allow_tf32 = False  # as for matmul: float32 is checked as float32, whoever runs
+    if torch.device(request.device).type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # as for matmul: float32 is checked as float32, whoever runs
     torch.set_flush_denormal(True)  # Adam's moments of a dead unit decay to denormals, slow on some processors
     case = CASES[request.case]
     batches = [_to(batch, request.device) for batch in case.batches(request.members, request.check_steps)]

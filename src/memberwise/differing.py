@@ -77,7 +77,10 @@ def _settle_value(slots: Slots, module: nn.Module, name: str, values: Sequence[A
 
 
 def _is_open(value: Any) -> bool:
-    """Whether it can be seen what is in it; of the rest (a lock, a file) one serves all, as it says nothing."""
+    """Whether it can be seen what is in it; of the rest (a lock, a file, the places of a stack inside of each member)
+    one serves all, as it says nothing."""
+    if isinstance(value, Slots):
+        return False
     return isinstance(value, _OPEN) or by_identity(value) or hasattr(value, "__dict__") or hasattr(value, "__array__")
 
 

@@ -355,7 +355,7 @@ class Product(torch.autograd.Function):
 def test_functions(function: Any, noted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user's Function raises its arguments; what torch's own does with them is seen, and undone."""
     if not noted:
-        monkeypatch.setattr("memberwise.engine.boundary.users_functions", lambda: False)
+        monkeypatch.setattr("memberwise.engine.again.users_functions", lambda: False)
 
     def func(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         h = hidden(x, w, b)

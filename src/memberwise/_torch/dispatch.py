@@ -117,6 +117,11 @@ def composites_must_stand_aside() -> bool:
     return (
         torch._C._are_functorch_transforms_active()
         or torch._C._is_any_autocast_enabled()
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or saving_is_watched()
         or has_tangents()
     )
+
+
+def saving_is_watched() -> bool:
+    """Whether saved-tensor hooks are on: a checkpoint's count what is saved."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

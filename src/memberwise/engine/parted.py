@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from memberwise._torch.dispatch import saving_is_watched
 from memberwise.engine.lowering import code_of
 
 if TYPE_CHECKING:
@@ -52,7 +53,12 @@ class Parted(dict[tuple[Place, Hashable], Known]):
         known.left = known.wait
 
     def of(self, signature: Hashable) -> dict[Place, str]:
-        """The places at which a call that begins now runs member by member, and why."""
+        """The places at which a call that begins now runs member by member, and why.
+
+        In a checkpoint those of any signature, and nothing is tried: a recomputation saves what the call has saved.
+        """
+        if saving_is_watched():
+            return {place: known.reason for (place, _), known in self.items()}
         found: dict[Place, str] = {}
         for (place, own), known in self.items():
             if own == signature and known.left:
