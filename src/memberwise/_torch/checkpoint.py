@@ -77,13 +77,14 @@ def _install() -> None:
 
 def _frame(recompute: Callable[..., Any], *rest: Any) -> Any:
     frame = _originals[0](_surrounded(recompute), *rest)
-    frame.save_inputs = partial(_save, frame.save_inputs)
+    frame.save_inputs = partial(_save, frame)
     return frame
 
 
-def _save(save: Callable[..., Any], *inputs: Any) -> Any:
+def _save(frame: Any, *inputs: Any) -> Any:
+    del frame.save_inputs  # which keeps the frame
     _show(inputs)
-    return save(*inputs)
+    return frame.save_inputs(*inputs)
 
 
 def _apply(run: Callable[..., Any], *rest: Any) -> Any:

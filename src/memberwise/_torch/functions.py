@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from types import FunctionType
@@ -110,14 +111,18 @@ def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         for value in out if isinstance(out, tuple | list) else (out,):
             node = value.grad_fn if isinstance(value, torch.Tensor) else None
             if isinstance(node, BackwardCFunction) and "apply" not in node.__dict__:
-                node.apply = _inside(node.apply, around)  # type: ignore[method-assign] # this node's alone
+                node.apply = _inside(node, around)  # type: ignore[method-assign] # this node's alone
     return out
 
 
-def _inside(apply: Callable[..., Any], around: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:
+def _inside(node: Any, around: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:
+    """The node's own `apply` inside `around()`; it does not keep the node, which keeps it."""
+    own = weakref.ref(node)
+
     def run(*grads: Any) -> Any:
+        node = own()
         with around():
-            return apply(*grads)
+            return type(node).apply(node, *grads)
 
     return run
 
