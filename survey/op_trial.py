@@ -81,7 +81,7 @@ class Trial:
     # -- the program, written for one member
 
     def program(self, tensors: list[torch.Tensor]) -> Any:
-        """The results, and those of them that autograd follows."""
+        """The results, and those of them that autograd may follow: in a transform no tensor says whether it does."""
         if self.follows:
             return self._following(tensors)
         with torch.no_grad():
@@ -93,7 +93,8 @@ class Trial:
             tensors = [*(tensor.clone() for tensor in tensors[:firsts]), *tensors[firsts:]]
         out = self._called(tensors)
         leaves = tree_leaves(self.sample.finish(out))
-        return out, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        return out, [leaf for leaf in tensors if leaf.is_floating_point() or leaf.is_complex()]
 
     def _looking(self, tensors: list[torch.Tensor]) -> Any:
         out = self._called(tensors)
@@ -126,7 +127,7 @@ class Trial:
                 states.append(torch.get_rng_state())
                 self.draws = self.draws or not torch.equal(before, states[-1])
             columns = [*zip(*rows, strict=True)]
-            grads = self._grads_of_loop([followed for _, followed in outs], columns)
+            grads = self._grads_of_loop([_needing(leaves) for _, leaves in outs], columns)
         except Exception as error:
             return Outcome(error=error)
         inputs = [
@@ -155,6 +156,7 @@ class Trial:
         self.seen = None
         try:
             out, followed = vmap(lambda _, own: self.program(own), (0, dims))(torch.arange(MEMBERS), leaves)
+            followed = _needing(followed)
             grads = _grads(followed, leaves, [_cotangent(leaf.shape[1:], leaf.dtype) for leaf in followed])
         except Exception as error:
             return Outcome(error=error)
@@ -177,6 +179,10 @@ class Trial:
 
     def _wanted(self) -> list[tuple[bool, bool]]:
         return [*zip(self.stacked, self.needs, strict=True)]
+
+
+def _needing(leaves: list[Any]) -> list[Any]:
+    return [leaf for leaf in leaves if leaf.requires_grad]
 
 
 def _in_double(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from survey import coverage_page, records
-from survey.justified import BECAUSE, WHY, unjustified
+from survey.justified import BECAUSE, EXPLAINED, IN_THE_PROGRAM, WHY, unexplained, unjustified
 from survey.records import Record
 
 
@@ -22,11 +22,19 @@ def test_nothing_is_wrong_and_what_is_slow_has_its_reason(name: str) -> None:
     assert unjustified(found) == []
 
 
+def test_what_is_wrong_among_operations_has_been_looked_at() -> None:
+    _, found = records.read("operations")
+    assert unexplained(found) == []
+    assert EXPLAINED.keys() <= {record.name for record in found if record.verdict == records.WRONG}
+
+
 def test_every_reason_is_needed() -> None:
     """A name that no longer runs member by member leaves the table."""
     found = [record for name in coverage_page.present() for record in records.read(name)[1]]
     used = {name for record in found for op in record.slow for name in (op, record.name)}
     assert not WHY.keys() - used
+    told = [reason for record in found for reason in record.slow.values()]
+    assert not [reason for reason in IN_THE_PROGRAM if not any(reason in own for own in told)]
     assert sum(map(len, BECAUSE.values())) == len(WHY), "one sentence a name"
 
 

@@ -65,3 +65,9 @@ def test_a_stopped_sweep_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(machine, "commit", lambda: "def")
     operations.main(["--resume"])
     assert {record.variant for record in records.read("operations")[1]} == {"float32"}, "of another commit, all anew"
+
+
+def test_torch_func_is_asked_for_gradients_too() -> None:
+    op = next(op for op in TABLE if name_of(op) == "mul")
+    for trial in trials(op, torch.float64, "", 1):
+        assert judged(trial.torch_func(), trial.loop(), trial).verdict == records.RIGHT or not trial.follows
