@@ -47,7 +47,7 @@ What happens to every module and operation that torch has test samples for, when
 a code of [errors.md](errors.md). **wrong**: anything else. Paths are those that `memberwise.explain` tells:
 *rule*, *vmap* (torch's batching of that one operation), *loop* (that operation member by member), *retreat* (a module
 or the whole function member by member). What took one of the last two has its reason at the end of each part. Where
-the column of torch.func is empty, that run did not ask it.
+the column of torch.func is empty, that run holds no answer of it.
 """
 
 
