@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
 import memberwise
 from memberwise.engine import trace
@@ -17,6 +19,14 @@ from tests.parity.tools_table import BY_MEMBERS, WORKS, Tool, Using, on_page, re
 from tests.parity.tools_tensors import Doubling, Marked
 
 TOOLS = {f"{section.title}: {tool.name}": tool for section in sections() for tool in section.tools}
+
+
+@pytest.fixture(autouse=True)
+def leaves_its_group() -> Iterator[None]:
+    """A process group that a row has made would be there for all later tests: `SyncBatchNorm` asks for one."""
+    yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def models(tool: Tool) -> list[Using]:
