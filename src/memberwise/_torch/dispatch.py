@@ -111,17 +111,20 @@ def forward_of_function() -> bool:
     return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
+_hooks_of_saving = torch._C._autograd._top_saved_tensors_default_hooks  # called by each layer: found once
+
+
 def composites_must_stand_aside() -> bool:
     """Whether something is on that looks between an operation and its kernels: functorch transforms, autocast,
     saved-tensor hooks (checkpoint among them) or forward-mode differentiation."""
     return (
         torch._C._are_functorch_transforms_active()
         or torch._C._is_any_autocast_enabled()
-        or saving_is_watched()
+        or _hooks_of_saving(True) is not None
         or has_tangents()
     )
 
 
 def saving_is_watched() -> bool:
     """Whether saved-tensor hooks are on: a checkpoint's count what is saved."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return _hooks_of_saving(True) is not None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memberwise._torch.dispatch import make_wrapper
+from memberwise._torch.dispatch import DisableTorchFunctionSubclass, make_wrapper
 from memberwise.engine.signals import part_ways
 
 if TYPE_CHECKING:
@@ -94,7 +94,8 @@ def wrap_view(inner: torch.Tensor, source: MemberTensor) -> MemberTensor:
     """The member tensor of a view of `source._inner`: same memory, same fate."""
     source._viewed = True
     batched = source._batched
-    offset = source.storage_offset() + inner.storage_offset() - source._inner.storage_offset()
+    with DisableTorchFunctionSubclass():  # in a backward pass it is no operation of the member's either
+        offset = source.storage_offset() + inner.storage_offset() - source._inner.storage_offset()
     out = make_wrapper(
         type(source),
         inner.shape[1:] if batched else inner.shape,
