@@ -55,7 +55,11 @@ def _batch_norm_rule(call: Any) -> Any:
     return rule
 
 
-for _op in (_aten.native_batch_norm.default, _aten._native_batch_norm_legit.default):
+for _op in (
+    _aten.native_batch_norm.default,
+    _aten._native_batch_norm_legit.default,
+    _aten.cudnn_batch_norm.default,  # what it keeps for its backward is of all members together
+):
     register_rule(_op, _batch_norm_rule(_op))
 
 
@@ -67,12 +71,25 @@ def native_batch_norm_legit_no_stats(info: Any, in_dims: Any, x: Any, weight: An
 
 
 def batch_norm_grads(
-    size: int, dims: Any, grad: Any, x: Any, weight: Any, mean: Any, var: Any, saved: Any, invstd: Any, *rest: Any
+    size: int,
+    dims: Any,
+    grad: Any,
+    x: Any,
+    weight: Any,
+    mean: Any,
+    var: Any,
+    saved: Any,
+    invstd: Any,
+    *rest: Any,
+    call: Any = _aten.native_batch_norm_backward.default,
 ) -> Any:
-    """Gradients `(M, B, C, *)`, `(M, C)`, `(M, C)` or None. `dims` are of `grad` to `invstd`, `rest` as in torch's."""
+    """Gradients `(M, B, C, *)`, `(M, C)`, `(M, C)` or None by `call`, one of torch's, which takes `rest` as well.
+
+    `dims` are of `grad` to `invstd`.
+    """
     flat = [joined(value, dim, size) for value, dim in zip((weight, mean, var, saved, invstd), dims[2:], strict=True)]
     folded = into_channels(expanded(grad, dims[0], size)), into_channels(expanded(x, dims[1], size))
-    grad_x, *found = _aten.native_batch_norm_backward.default(*folded, *flat, *rest)
+    grad_x, *found = call(*folded, *flat, *rest)
     grad_x = None if grad_x is None else out_of_channels(grad_x, size)
     return grad_x, *(None if one is None else split(one, size) for one in found)
 
@@ -87,25 +104,18 @@ def native_batch_norm_backward(info: Any, in_dims: Any, grad: Any, x: Any, *args
     return tuple(value if wanted else None for value, wanted in zip(found, mask, strict=True)), 0
 
 
-@register_rule(_aten.cudnn_batch_norm.default)
-def cudnn_batch_norm(info: Any, in_dims: Any, x: Any, *args: Any) -> Any:
-    """As `native_batch_norm`; what cuDNN keeps for its backward is of all members together."""
-    return _batch_norm_rule(_aten.cudnn_batch_norm.default)(info, in_dims, x, *args)
+def _cudnn_grads(grad: Any, x: Any, *rest: Any) -> Any:
+    """cuDNN's, with its arguments in the order that the others have."""
+    return _aten.cudnn_batch_norm_backward.default(x, grad, *rest)
 
 
 @register_rule(_aten.cudnn_batch_norm_backward.default)
-def cudnn_batch_norm_backward(
-    info: Any, in_dims: Any, x: Any, grad: Any, weight: Any, mean: Any, var: Any, saved: Any, invstd: Any, *rest: Any
-) -> Any:
-    """As `cudnn_batch_norm`, if the forward went by that rule."""
-    size, (eps, reserve) = info.batch_size, rest
+def cudnn_batch_norm_backward(info: Any, in_dims: Any, x: Any, grad: Any, *args: Any) -> Any:
+    """As `native_batch_norm_backward`, if the forward went by the rule, and kept one thing for all members."""
     if in_dims[5] is None or in_dims[8] is not None:
         return Decline("what the forward kept is each member's own", by_member=True)
-    args = x, grad, weight, mean, var, saved, invstd
-    flat = [joined(value, dim, size) for value, dim in zip(args[2:], in_dims[2:7], strict=True)]
-    folded = [into_channels(expanded(value, dim, size)) for value, dim in zip(args[:2], in_dims, strict=False)]
-    grad_x, *found = _aten.cudnn_batch_norm_backward.default(*folded, *flat, eps, reserve)
-    return (out_of_channels(grad_x, size), *(split(one, size) for one in found)), 0
+    dims = in_dims[1], in_dims[0], *in_dims[2:7]
+    return batch_norm_grads(info.batch_size, dims, grad, x, *args, call=_cudnn_grads), 0
 
 
 LONE_CONTIGUOUS.update(

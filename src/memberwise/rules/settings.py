@@ -68,22 +68,24 @@ def _common(eps: Any) -> tuple[Any, Any]:
     return one, combined(lambda value: math.sqrt(one / value), eps)
 
 
+def _with_own_eps(norm: Any, input: Any, over: Any, weight: Any, bias: Any, eps: Any) -> Any:
+    """A norm of torch's that writes nothing, over shapes or groups that all members have alike."""
+    eps, factor = _common(eps)
+    if type(eps) is Decline or is_own(over):
+        return Decline("an eps that is no positive number, or other shapes or groups")
+    return norm(input * factor, over, weight, bias, eps)
+
+
 @register_settings(F.layer_norm)
 def layer_norm(input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5) -> Any:
     """Each member with its own eps."""
-    eps, factor = _common(eps)
-    if type(eps) is Decline or is_own(normalized_shape):
-        return Decline("an eps that is no positive number, or other shapes")
-    return F.layer_norm(input * factor, normalized_shape, weight, bias, eps)
+    return _with_own_eps(F.layer_norm, input, normalized_shape, weight, bias, eps)
 
 
 @register_settings(F.group_norm)
 def group_norm(input: Any, num_groups: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5) -> Any:
     """Each member with its own eps."""
-    eps, factor = _common(eps)
-    if type(eps) is Decline or is_own(num_groups):
-        return Decline("an eps that is no positive number, or other groups")
-    return F.group_norm(input * factor, num_groups, weight, bias, eps)
+    return _with_own_eps(F.group_norm, input, num_groups, weight, bias, eps)
 
 
 @register_settings(F.batch_norm)
