@@ -10,12 +10,13 @@ from torch import nn
 
 from memberwise._torch.dispatch import DisableTorchFunctionSubclass
 from memberwise._torch.views import leaf_on, take_gradient
+from memberwise.engine.rows import CopiedApart
 from memberwise.engine.slots import Place
 from memberwise.engine.tensor import MemberTensor
 from memberwise.errors import StateError, fail
 
 
-class MemberView(torch.Tensor):
+class MemberView(CopiedApart, torch.Tensor):
     """Member i's part of a stacked parameter or buffer: a leaf on the same memory, whose `.grad` is a view as well.
 
     Shapes: `(*s)`, of a stacked `(M, *s)`; of a shared tensor it is the whole. What autograd accumulates in it goes
@@ -97,14 +98,6 @@ class MemberView(torch.Tensor):
             own = take_gradient(self)
             if own is not None:
                 _add_grad(self._whole(), self._member, own)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        if id(self) not in memo:
-            memo[id(self)] = self._own()
-        return memo[id(self)]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._own().__reduce_ex__(protocol)
 
     def _own(self) -> torch.Tensor:
         values = self.detach().clone()

@@ -11,7 +11,7 @@ highest, so that a later write to the stacked tensor is one for every member.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,7 +127,22 @@ def _rows(tensor: torch.Tensor, dim: int) -> list[torch.Tensor]:
     return rows if tensor.is_inference() else [row.detach() for row in rows]  # else such rows could be written
 
 
-class ParameterRow(torch.Tensor):
+class CopiedApart:
+    """What is a part of a stack, and is copied and pickled as a tensor that `_own()` makes of it."""
+
+    __slots__ = ()
+    _own: Callable[[], torch.Tensor]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = self._own()
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._own().__reduce_ex__(protocol)
+
+
+class ParameterRow(CopiedApart, torch.Tensor):
     """A row of a parameter: to who asks, a leaf, of which `copy.deepcopy` makes a parameter, as in MAML."""
 
     of_memberwise = True
@@ -155,14 +170,6 @@ class ParameterRow(torch.Tensor):
         if whole.grad is not None:
             with torch.no_grad():
                 whole.grad[self._member] = 0 if value is None else value
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        if id(self) not in memo:
-            memo[id(self)] = self._own()
-        return memo[id(self)]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._own().__reduce_ex__(protocol)
 
     def _own(self) -> nn.Parameter:
         return nn.Parameter(self.detach().clone(), self.requires_grad)

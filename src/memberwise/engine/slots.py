@@ -7,7 +7,7 @@ the places once, and looks only whether the module is still the one it knows.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -90,7 +90,7 @@ class Swap:
     shown: dict[tuple[nn.Module, str], tuple[Any, Any]]
     leaves: dict[tuple[nn.Module, str], list[Any]]
     copies: dict[int, Any]
-    hooks: list[tuple[dict[Any, Any], int]]
+    hooks: tuple[list[dict[Any, Any]], list[int]]
 
     def hide(self) -> None:
         """Put back the attributes that were shown, as far as they still are, and hold, what was shown."""
@@ -261,9 +261,7 @@ class Slots:
                 place.owner[place.name] = member
         for module in self._recurrent:
             follow(module)
-        swap = Swap(
-            originals, members, attributes, recurrent, {}, {}, {}, [(hooks, len(hooks)) for hooks in self._hooks]
-        )
+        swap = Swap(originals, members, attributes, recurrent, {}, {}, {}, (self._hooks, [*map(len, self._hooks)]))
         if self.aliases:
             own = {id(one): member for one, member in zip(originals, members, strict=True)}
             for place in self.aliases:
@@ -348,14 +346,22 @@ class Slots:
         for module, before in swap.attributes:
             module.__dict__.clear()
             module.__dict__.update(before)
-        take_back(swap.hooks)
+        take_back(zip(*swap.hooks, strict=True))
 
 
-def take_back(hooks: list[tuple[dict[Any, Any], int]]) -> None:
+def take_back(hooks: Iterable[tuple[dict[Any, Any], int]]) -> None:
     """Remove the hooks that have been registered since there were so many."""
     for registered, before in hooks:
         for key in [*registered][before:]:
             del registered[key]
+
+
+def attributes_of(module: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], Any, list[Any]]]:
+    """`((owner, name), value, what the value holds)` of the plain attributes of a module and those inside of it."""
+    for owner in module.modules():
+        for name, value in vars(owner).items():
+            if name not in MODULE_ATTRIBUTES:
+                yield (owner, name), value, tree_leaves(value)
 
 
 def _as_member(leaf: Any, region: Region) -> Any:
