@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from memberwise._torch.dispatch import mode_depth, pop_mode, push_mode, run_as_others, without_dispatch
+from memberwise._torch.dispatch import (
+    DisableTorchFunctionSubclass,
+    mode_depth,
+    pop_mode,
+    push_mode,
+    run_as_others,
+    without_dispatch,
+)
 from memberwise.engine import ladder, trace
 from memberwise.engine.ambient import Region
 from memberwise.engine.layout import count_write, promote, relatives, settle, stay_inside
@@ -109,14 +116,21 @@ def _as_others(func: Any, args: Any, kwargs: dict[str, Any], region: Region | No
 
 
 def _move_in_place(func: Any, args: Any, kwargs: dict[str, Any], region: Region | None) -> Any:
-    """`squeeze_` and its kin: the view that the plain operation gives, taken over by the same object."""
+    """`squeeze_` and its kin: the view that the plain operation gives, taken over by the same object.
+
+    After a write autograd makes the graph of a subclass's views anew by taking each again of its base; of a base in
+    another shape it would be another view, and one that has moved itself would not have.
+    """
     member = args[0]
-    if member._viewed or len(relatives(member)) > 1:
-        part_ways(member._region, f"{func} changes the shape of a tensor that has views")
+    with DisableTorchFunctionSubclass():
+        is_view = member._is_view()
+    if is_view or member._viewed or len(relatives(member)) > 1:
+        part_ways(member._region, f"{func} changes the shape of a tensor that has views, or is one")
     packet = getattr(torch.ops.aten, func._schema.name.removeprefix("aten::")[:-1])
     plain = getattr(packet, func._overloadname, None) or packet.int  # of `transpose_`, `transpose.int`
     moved = on_dispatch(plain, args, kwargs, region)
-    member._inner, member._differs = moved._inner, False
+    member._inner, member._root, member._batched, member._differs = moved._inner, moved._root, moved._batched, False
+    member._viewed = False  # the view is this object now
     with without_dispatch():
         func(*args, **kwargs)
     return member

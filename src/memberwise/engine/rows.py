@@ -102,7 +102,15 @@ class _Column:
         ):
             return
         with torch.enable_grad():
-            self._tensor.copy_(torch.stack([*self.rows], self._dim))
+            own = [*map(_as_handed_out, self.rows, self._tensor.detach().unbind(self._dim))]
+            self._tensor.copy_(torch.stack(own, self._dim))
+
+
+def _as_handed_out(row: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """A row in the shape that it had; a member may have transposed it in place."""
+    if (row.shape, row.stride()) == (own.shape, own.stride()):
+        return row
+    return row.as_strided(own.shape, own.stride(), own.storage_offset())
 
 
 class _TakeOut(torch.autograd.Function):
