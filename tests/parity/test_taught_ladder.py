@@ -79,6 +79,34 @@ def test_batching_comes_before_the_loop() -> None:
     assert paths <= {"vmap", "rule"} and paths
 
 
+BY_NUMBERS: dict[str, Callable[..., torch.Tensor]] = {
+    "x[i]": lambda x, i: x[i],
+    "x[i, j]": lambda x, i: x[i, -1 - i],
+    "x[i, :, j]": lambda x, i: x[i, :, i.flip(0)],
+    "x[..., i]": lambda x, i: x.transpose(0, 2)[..., i],
+    "x[i[:, None], j]": lambda x, i: x[i[:, None], i],
+    "a mask of all": lambda x, i: x[torch.tensor([True, False, True, True]), 1] + i.sum(),
+}
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (None, 0)], ids=str)
+@pytest.mark.parametrize("name", BY_NUMBERS)
+def test_an_indexing_by_numbers_is_batched(name: str, in_dims: tuple[int | None, int | None]) -> None:
+    """torch marks all indexing as one whose result has a shape of values; a mask's has, and a member's own mask's."""
+    x = numbers(*(() if in_dims[0] is None else (3,)), 4, 4, 4)
+    i = torch.tensor([[0, 3], [2, 2], [1, 0]])[0 if in_dims[1] is None else slice(None)]
+    with trace.recording() as record:
+        check(BY_NUMBERS[name], x, i, in_dims=in_dims)
+    assert not [entry.op for entry in record.entries.values() if entry.path in ("loop", "retreat")]
+
+
+def test_an_indexing_by_masks_of_their_own_runs_by_members() -> None:
+    mask = torch.tensor([[True, False, True], [False, True, True], [True, True, False]])
+    with trace.recording() as record:
+        check(lambda x, mask: x[mask], numbers(3, 3, 2), mask)
+    assert ("aten::index", "loop") in {(entry.op, entry.path) for entry in record.entries.values()}
+
+
 IN_PLACE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "addmm_": lambda x: (x * 1).addmm_(x, x, beta=0.5),
     "addr_": lambda x: (x * 1).addr_(x[0], x[:, 1]),

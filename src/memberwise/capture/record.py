@@ -22,7 +22,7 @@ from memberwise._torch.pytree import tree_flatten, tree_unflatten
 from memberwise.capture.draws import Draw, Streams, state_of
 from memberwise.capture.reads import HostReads
 from memberwise.capture.refusals import Refusal, user_line
-from memberwise.engine.operation import describe
+from memberwise.engine.operation import describe, has_mask
 from memberwise.generators import default_generator
 
 _aten = torch.ops.aten
@@ -121,7 +121,7 @@ class Recorder(DispatchMode):
             return
         if _Tag.data_dependent_output in func.tags:
             self.refuse(Refusal("host-read", _called(self.reads, func), user_line()))
-        elif _Tag.dynamic_output_shape in func.tags and not _has_known_shape(func, leaves):
+        elif _Tag.dynamic_output_shape in func.tags and not _is_by_numbers(func, leaves):
             self.refuse(Refusal("dynamic-shape", _called(self.reads, func), user_line()))
         elif _Tag.inplace_view in func.tags and (self.is_input(tensors[0]) or func in _EXCHANGES):
             self.refuse(Refusal("memory", f"{func} changes the shape of a tensor in place", user_line()))
@@ -296,11 +296,9 @@ def is_write(node: fx.Node) -> bool:
     return hasattr(node.target, "_schema") and bool(describe(node.target).written)
 
 
-def _has_known_shape(func: Any, leaves: list[Any]) -> bool:
-    """`index` has a dynamic shape for masks only."""
-    if func is not _aten.index.Tensor:
-        return False
-    return not any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in leaves[1:])
+def _is_by_numbers(func: Any, leaves: list[Any]) -> bool:
+    """Whether this is an indexing whose result has a shape that is known."""
+    return func is _aten.index.Tensor and not has_mask(leaves[1:])
 
 
 def _called(reads: HostReads, func: Any) -> str:

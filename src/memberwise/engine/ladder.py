@@ -10,7 +10,7 @@ from memberwise._torch.functorch import Unbatchable, batch, restored_keys
 from memberwise.engine import draws, trace
 from memberwise.engine.ambient import Region
 from memberwise.engine.layout import relaid
-from memberwise.engine.operation import Operation
+from memberwise.engine.operation import Operation, has_mask
 from memberwise.engine.signals import Decline, part_ways
 from memberwise.engine.slices import lone_strides, member_slice, stack_results
 from memberwise.engine.strict import blame
@@ -44,7 +44,7 @@ def descend(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) 
 def _without_rule(
     op: Operation, region: Region, values: Any, dims: Any, kwargs: Any, reason: str, apart: bool
 ) -> tuple[Any, str, str]:
-    if torch.Tag.dynamic_output_shape in op.func.tags:
+    if torch.Tag.dynamic_output_shape in op.func.tags and not _is_by_numbers(op, values, dims):
         reason, apart = "the shape of its result depends on values", True
     if not apart:
         try:
@@ -60,6 +60,14 @@ def _without_rule(
             what = f"{op.name} ran member by member: {reason}"
             trace.warn_slow("MW206", what, "Register a rule for it with memberwise.register_rule")
     return by_member(op, region, values, dims, kwargs), "loop", reason
+
+
+def _is_by_numbers(op: Operation, values: Any, dims: Any) -> bool:
+    """Whether this is an indexing whose result has one shape in all members: by no mask of a member's own."""
+    if op.func is not torch.ops.aten.index.Tensor:
+        return False
+    own = dims[1] if isinstance(dims[1], list) else [dims[1]] * len(values[1])
+    return not has_mask(index for index, dim in zip(values[1], own, strict=True) if dim == 0)
 
 
 def _in_new_memory(op: Operation, region: Region, values: Any, dims: Any, kwargs: Any) -> Any:

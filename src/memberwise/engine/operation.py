@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,6 +86,11 @@ class Positional:
     @property
     def _schema(self) -> Any:
         return self.func._schema
+
+
+def has_mask(indices: Iterable[Any]) -> bool:
+    """Whether one of an indexing's indices is a mask: only then does the shape of its result depend on values."""
+    return any(isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices)
 
 
 _KNOWN: dict[Any, Operation] = {}
