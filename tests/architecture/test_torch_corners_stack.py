@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from memberwise._torch import backward, controlflow, dlpack, dynamo, gradhooks, recurrent, views
+from memberwise._torch import backward, checkpoint, controlflow, dlpack, dynamo, gradhooks, recurrent, views
 
 
 class View(torch.Tensor):
@@ -97,6 +99,25 @@ def test_a_backward_pass_is_known_from_inside() -> None:
     y.sum().backward()
     told.append(backward.in_backward())
     assert told == [False, True, False]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_a_checkpoint_runs_lies_above_a_frame_of_it(reentrant: bool) -> None:
+    """Breaks: members that part ways in one would be recomputed together, and what they write be counted wrong."""
+    told: list[bool] = []
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        frame: Any = sys._getframe()
+        told.append(False)
+        while frame is not None:
+            told[-1] |= checkpoint.is_of_checkpoint(frame)
+            frame = frame.f_back
+        return x * 2
+
+    x = torch.ones(2, requires_grad=True)
+    inside(x)
+    torch_checkpoint(inside, x, use_reentrant=reentrant)
+    assert told == [False, True]
 
 
 def test_hooks_on_a_gradient_are_seen() -> None:

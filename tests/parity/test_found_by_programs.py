@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import memberwise
 from memberwise.rules.registry import composites_disabled
@@ -227,3 +228,66 @@ def test_a_result_of_a_layer_keeps_its_graph_when_a_view_of_it_is_taken() -> Non
     for own, model, found in zip(x.detach(), models, grad, strict=True):
         own.requires_grad_()
         assert_equal(found, torch.autograd.grad(model(own).square().sum(), own)[0])
+
+
+class Recounting(nn.Module):
+    """Counts its calls, a checkpoint's recomputation among them, before what backward needs or after it."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.linear, self.first = nn.Linear(3, 3), first
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("assigned", torch.zeros(()))
+        self.kept: torch.Tensor | None = None
+        self.python_calls = 0
+
+    def count(self, now: bool) -> None:
+        if now:
+            self.calls += 1
+            self.assigned = self.assigned + 1
+            self.kept = self.calls * 2 if self.kept is None else self.kept + self.calls
+            self.python_calls += 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count(self.first)
+        hidden = self.linear(x)
+        out = hidden.sin() if differs(x) else hidden * 2
+        self.count(not self.first)
+        return out
+
+
+class InCheckpoint(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.part, x, use_reentrant=False)  # type: ignore[return-value] # one tensor
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+def test_members_that_part_ways_in_a_checkpoint_are_recomputed_one_by_one(first: bool, nested: bool) -> None:
+    """One recomputation served all: as often as one of them needed it, and to the end for all but the last."""
+    models: list[nn.Module] = [InCheckpoint(Recounting(first)).double() for _ in range(2)]
+    if nested:
+        models = [nn.Sequential(model, nn.Tanh()) for model in models]
+    stack = memberwise.stack(models)
+    x = torch.stack([torch.ones(2, 3), -torch.ones(2, 3)]).double()
+
+    def backward(model: nn.Module, x: torch.Tensor, given: torch.Tensor) -> None:
+        grads = torch.autograd.grad(model(given).sum(), [x, *model.parameters()], create_graph=True)
+        sum(grad.square().sum() for grad in grads if grad.requires_grad).backward()  # type: ignore[union-attr] # so
+
+    for _ in range(2):
+        backward(stack, x.requires_grad_(), memberwise.each(x))
+        for model, own in zip(models, x.detach(), strict=True):
+            backward(model, own.requires_grad_(), own)
+        for found, *alone in zip(stack.buffers(), *(model.buffers() for model in models), strict=True):
+            assert_equal(found, torch.stack(alone))
+        for member, model in zip(stack, models, strict=True):
+            ours, theirs = (
+                next(part for part in m.modules() if hasattr(part, "python_calls")) for m in (member, model)
+            )
+            assert_equal(ours.kept, theirs.kept)  # type: ignore[arg-type] # tensors
+            assert ours.python_calls == theirs.python_calls

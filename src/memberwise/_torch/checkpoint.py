@@ -14,7 +14,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 from torch.utils import checkpoint as torch_checkpoint
@@ -58,6 +58,11 @@ class recomputed_inside:  # a context manager, named as one; a class costs a thi
     def __exit__(self, *exc_info: object) -> None:
         _uninstall()
         _local.active = self._before
+
+
+def is_of_checkpoint(frame: FrameType) -> bool:
+    """Whether what lies above this frame of the stack is what a checkpoint runs."""
+    return frame.f_code.co_filename == torch_checkpoint.__file__
 
 
 def surroundings() -> tuple[Surroundings, ...]:

@@ -5,16 +5,18 @@ The smallest module of a stack whose forward was running does so; without one, t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import increment_version
 
-from memberwise._torch.checkpoint import recomputed_inside
+from memberwise._torch.checkpoint import is_of_checkpoint, recomputed_inside
 from memberwise._torch.dispatch import suspended
 from memberwise.engine import trace
 from memberwise.engine.again import watched_functions
@@ -64,7 +66,7 @@ def is_lone(error: Exception) -> bool:
 def _running_modules(signal: Retreat) -> list[nn.Module]:
     found: list[nn.Module] = []
     frame = signal.__traceback__
-    while frame is not None:
+    while frame is not None and not (signal.whole_checkpoint and is_of_checkpoint(frame.tb_frame)):
         owner = frame.tb_frame.f_locals.get("self")
         if isinstance(owner, nn.Module) and (not found or found[-1] is not owner):
             found.append(owner)
@@ -138,7 +140,7 @@ def _forward_by_members(
                 held.show(i)
                 region.turn = i
                 try:
-                    inner = recomputed_inside(partial(turns.again, i), instead=True)
+                    inner = recomputed_inside(partial(turns.again, i, whole), instead=True)
                     with inner, rows.turn(), member_stream(region, i):
                         outs.append(forwards[i](*own_args, **own_kwargs))
                 except Exception as error:
@@ -148,12 +150,25 @@ def _forward_by_members(
                     region.turn = None
                 turns.collect()
                 held.collect()
+            if (turns.leave_anything() or rows.any_written()) and _in_checkpoint():
+                what = "what it writes in a checkpoint, each member's backward writes again, or does not"
+                raise Retreat(what, region, whole_checkpoint=True)
         result = stack_outputs(outs, into, region)
     region.drawn()
     rows.write_back()
     if trace.active is not None:
         trace.active.note(type(module).__name__, "retreat", reason, trace.clock() - start)
     return result
+
+
+def _in_checkpoint() -> bool:
+    """Whether this runs in a checkpoint that the call makes: recomputed in backward, for all members at once."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals["__name__"] != "memberwise.engine.boundary":
+        if is_of_checkpoint(frame):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def function_by_members(func: Callable[..., Any], reason: str, args: Any, kwargs: Any) -> Any:
@@ -220,6 +235,9 @@ class _MemberRows:
 
     def turn(self) -> AbstractContextManager[None]:
         return self._rows.turn()
+
+    def any_written(self) -> bool:
+        return any(self._rows.written(base) for _, base, _, _ in self._of.values())
 
     def write_back(self) -> None:
         self._rows.write_back()
@@ -303,7 +321,7 @@ def _again(solos: Iterable[Showing], i: int) -> Callable[[], AbstractContextMana
     def member() -> Iterator[None]:
         with ExitStack() as stack:
             for solo in solos:
-                stack.enter_context(solo.again(i))
+                stack.enter_context(solo.again(i, solo.slots))
             yield
 
     return member

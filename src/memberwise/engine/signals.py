@@ -8,12 +8,16 @@ from memberwise.errors import EngineError, fail
 
 
 class Retreat(BaseException):
-    """The members part ways here. A BaseException, so that a user's `except Exception` does not swallow it."""
+    """The members part ways here. A BaseException, so that a user's `except Exception` does not swallow it.
 
-    def __init__(self, reason: str, region: Any = None) -> None:
+    `whole_checkpoint`: not within the checkpoint that is being made, but around it.
+    """
+
+    def __init__(self, reason: str, region: Any = None, *, whole_checkpoint: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
         self.region = region
+        self.whole_checkpoint = whole_checkpoint
 
 
 class Unlowered(Retreat):

@@ -18,6 +18,7 @@ from memberwise._torch.recurrent import LISTS, follow
 from memberwise._torch.versions import set_versions, version
 from memberwise.engine import values
 from memberwise.engine.holders import copied, is_small, refilled
+from memberwise.engine.rows import Rows
 from memberwise.engine.slots import MODULE_ATTRIBUTES, Slots, table_of, take_back
 from memberwise.engine.tensor import MemberTensor
 from memberwise.errors import EngineError, build
@@ -106,7 +107,8 @@ class Showing:
         self._variants = {place: (table_of(*place)[place[1]], own) for place, own in slots.variants.items()}
         self._memory = [[*map(_memory, own)] for own in self.pieces] if alone else []
         self._own = self._own_attributes(pieces)
-        self._left: list[tuple[list[Any], dict[tuple[nn.Module, str], Any]]] = []
+        self._left: dict[int, tuple[list[Any], dict[tuple[nn.Module, str], Any]]] = {}
+        self._over = False
 
     def _own_attributes(self, pieces: dict[int, Any]) -> dict[tuple[nn.Module, str], list[Any]]:
         """What each turn sees in attributes that lead to parameters, or that former calls have left."""
@@ -160,16 +162,22 @@ class Showing:
                 shown.train(first.training)
 
     @contextmanager
-    def again(self, turn: int) -> Iterator[None]:
-        """A turn's members in place once more, while a checkpoint made in it is recomputed."""
-        now = [place.owner.get(place.name) for place in self.places]
-        for place, pieces in zip(self.places, self.pieces, strict=True):
-            place.owner[place.name] = pieces[turn]
-        try:
+    def again(self, turn: int, stack: Slots) -> Iterator[None]:
+        """One member in place once more, as the whole `stack` is now, while a checkpoint made in its run is recomputed:
+        what that writes and leaves is this member's."""
+        if not self._over:
             yield
-        finally:
-            for place, value in zip(self.places, now, strict=True):
-                place.owner[place.name] = value
+            return
+        inside = self._region is not None and self._region.running
+        now = (
+            one_by_one(self.slots, len(self._turns), self._cut, self._join, self._region)
+            if inside
+            else one_by_one(stack, len(self._turns), Rows().of, torch.stack)
+        )
+        with now as shown:
+            shown.show(turn)
+            yield
+            shown.collect()
 
     def collect(self) -> None:
         """Note what the run of the turn that is shown has left."""
@@ -180,7 +188,14 @@ class Showing:
             for name, value in module.__dict__.items()
             if name not in _NOT_LEFT and self._is_left(value, before.get(name, self), (module, name))
         }
-        self._left.append(([place.owner.get(place.name) for place in self.places], attributes))
+        self._left[self._turn] = [place.owner.get(place.name) for place in self.places], attributes
+
+    def leave_anything(self) -> bool:
+        """Whether a turn that has been collected left something else in a place or an attribute than it found."""
+        return any(
+            attributes or not _same(places, [pieces[turn] for pieces in self.pieces])
+            for turn, (places, attributes) in self._left.items()
+        )
 
     def _is_left(self, value: Any, before: Any, key: tuple[nn.Module, str]) -> bool:
         if key in self._own and value is self._own[key][self._turn]:
@@ -189,6 +204,7 @@ class Showing:
 
     def restore(self) -> None:
         """Show the whole stack again, as it was."""
+        self._over = True
         for place, original in zip(self.places, self.originals, strict=True):
             place.owner[place.name] = original
         self._reset_attributes()
@@ -209,10 +225,10 @@ class Showing:
             module.__dict__.update(before)
 
     def finish(self, write_back: Callable[[torch.Tensor, Sequence[torch.Tensor]], None]) -> None:
-        """Put together what all turns have left."""
+        """Put together what all turns have left; one that has not run leaves what it would have found."""
         for k, (place, original, pieces) in enumerate(zip(self.places, self.originals, self.pieces, strict=True)):
-            left = [found[k] for found, _ in self._left]
-            if len(left) == len(pieces) and not _same(left, pieces):
+            left = [self._left[turn][0][k] if turn in self._left else piece for turn, piece in enumerate(pieces)]
+            if not _same(left, pieces):
                 place.owner[place.name] = self._join(left)
             elif self._alone and [*map(_memory, pieces)] != self._memory[k]:
                 _overwrite(original, self._join(left))
@@ -220,7 +236,7 @@ class Showing:
                 write_back(original, pieces)
         for original, pieces in self._written:
             write_back(original, pieces)
-        for key in dict.fromkeys(key for _, attributes in self._left for key in attributes):
+        for key in dict.fromkeys(key for _, attributes in self._left.values() for key in attributes):
             self._put_together(*key, self._left_by_turn(key))
 
     def _left_by_turn(self, key: tuple[nn.Module, str]) -> list[Any]:
@@ -228,11 +244,9 @@ class Showing:
         module, name = key
         found = self._own.get(key)
         if found is None and isinstance(vars(module).get(name), _PLAIN):
-            found = [vars(module)[name]] * len(self._left)
-        if found is None:
-            return [attributes[key][0] for _, attributes in self._left if key in attributes]
-        pairs = zip(found, self._left, strict=False)
-        return [attributes[key][0] if key in attributes else own for own, (_, attributes) in pairs]
+            found = [vars(module)[name]] * len(self._turns)
+        left = {turn: attributes[key][0] for turn, (_, attributes) in self._left.items() if key in attributes}
+        return [*left.values()] if found is None else [left.get(turn, own) for turn, own in enumerate(found)]
 
     def _put_together(self, module: nn.Module, name: str, left: list[Any]) -> None:
         """One attribute from one value a turn: members' tensors are joined; of others the last stays, as in a loop."""
@@ -268,7 +282,7 @@ class Showing:
         return whole
 
     def _is_carried(self, module: nn.Module, name: str) -> bool:
-        return all(attributes[module, name][1] for _, attributes in self._left if (module, name) in attributes)
+        return all(attributes[module, name][1] for _, attributes in self._left.values() if (module, name) in attributes)
 
     def _join_row(self, row: list[Any]) -> Any:
         return self._join(row) if isinstance(row[0], torch.Tensor) else row[-1]
