@@ -153,3 +153,28 @@ def test_to_dlpack_asks_the_kinds_that_it_is_told(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(dlpack, "_asked", [*dlpack._asked, Answers])
     assert torch.utils.dlpack.to_dlpack(tensor) == torch.to_dlpack(tensor) == "its own"
     assert torch.from_dlpack(torch.to_dlpack(torch.ones(2))).tolist() == [1, 1]
+
+
+def test_a_compound_function_is_overridden_inside() -> None:
+    """Breaks: `nn.MultiheadAttention` would run by single operations, or call itself without end."""
+    from memberwise._torch.compound import inside
+
+    seen: list[Any] = []
+
+    class Sees(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    x, weight = torch.ones(2, 1, 4).as_subclass(Sees), torch.eye(4)
+    given = (x, x, x, 4, 2, weight.repeat(3, 1), None, None, None, False, 0.0, weight, None)
+    named = {"need_weights": False}
+    F = torch.nn.functional
+    found, _ = inside(F.multi_head_attention_forward)(*given, **named)
+    assert F.linear in seen
+    assert F.scaled_dot_product_attention in seen
+    assert F.multi_head_attention_forward not in seen
+    alone = F.multi_head_attention_forward(*(torch.ones(2, 1, 4) if arg is x else arg for arg in given), **named)[0]
+    assert torch.equal(found.as_subclass(torch.Tensor), alone)
+    assert inside(F.multi_head_attention_forward).__kwdefaults__ is F.multi_head_attention_forward.__kwdefaults__

@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import memberwise
+from memberwise.testing.tolerance import assert_equal
 from tests.parity.rule_case import RuleCase, case, of
 
 _aten = torch.ops.aten
@@ -85,3 +87,26 @@ def test_the_result_lies_as_alone() -> None:
         return _attend(q, k, v, is_causal=True).transpose(1, 2).view(2, 6, 20)
 
     check(attended, numbers(3, 2, 6, 60))
+
+
+@pytest.mark.usefixtures("composites")
+@pytest.mark.parametrize("lies", ["in the batch", "outside of it"])
+def test_a_second_derivative_is_an_error_as_alone(lies: str) -> None:
+    """torch's kernel has none. The first derivative, kept with its graph, is the loop's."""
+    from tests.parity.loops import check, numbers
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if lies == "outside of it":
+            q, k, v = (value.permute(1, 2, 0, 3) for value in (q, k, v))
+        return _attend(q, k, v)
+
+    own = [numbers(3, 4, 2, 3, 5, seed=seed) for seed in range(3)]
+    check(attend, *own)
+    first = memberwise.vmap(attend)(*own)
+    found = torch.autograd.grad(first.square().sum(), own, create_graph=True)
+    lone = [torch.autograd.grad(attend(*[x[i] for x in own]).square().sum(), own) for i in range(3)]
+    for grad, *members in zip(found, *lone, strict=True):
+        assert_equal(grad, sum(members))
+        assert grad.requires_grad
+        with pytest.raises(RuntimeError, match="derivative for aten::_scaled_dot_product"):
+            torch.autograd.grad(grad.sum(), own, retain_graph=True)

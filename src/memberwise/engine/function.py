@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from memberwise._torch.compound import inside
 from memberwise._torch.dispatch import DisableTorchFunctionSubclass
 from memberwise.engine import closures, lowering, numbers, values
 from memberwise.engine.closures import taken_in
@@ -22,6 +23,8 @@ from memberwise.rules.registry import composite_for
 def on_function(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     """Entry from `__torch_function__`."""
     own = values.exist and numbers.among(args, kwargs)
+    if func in COMPOUND and not own:
+        return COMPOUND[func](*args, **(kwargs or {}))
     reason = ""
     if own:
         out = numbers.taken(func, args, kwargs or {}, own)
@@ -69,6 +72,9 @@ def _single(func: Any, args: Any, kwargs: Any, reason: str) -> Any:
         return function_by_members(func, reason, args, kwargs or {})
     return func(*args, **kwargs) if kwargs else func(*args)
 
+
+COMPOUND = {F.multi_head_attention_forward: inside(F.multi_head_attention_forward)}
+"""Functions made of others that have composite rules, and how to run one such that those are met."""
 
 HOST[torch.autograd.grad] = closures.grad
 HOST[torch.Tensor.requires_grad.__get__] = lowering.requires_grad  # type: ignore[attr-defined] # a getset descriptor

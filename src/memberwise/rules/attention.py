@@ -79,29 +79,40 @@ def _plain(query: Any, key: Any, value: Any, is_causal: bool, scale: float | Non
 
 @composite(F.scaled_dot_product_attention, signature=_signature)
 class Attention:
-    """`softmax(q @ k.T * scale) @ v` (Vaswani et al., 2017), by the kernel that torch would choose."""
+    """`softmax(q @ k.T * scale) @ v` (Vaswani et al., 2017), by the kernel that torch would choose.
+
+    It keeps its arguments as the kernel took them: where members are no part of the batch without a copy, as behind
+    `nn.MultiheadAttention`, what they were copied from goes, and backward copies nothing.
+    """
 
     plain, lies_as_alone = _plain, True
+    saves = ()
 
     @staticmethod
     def forward(info: Any, in_dims: Any, q: Any, k: Any, v: Any, is_causal: bool, scale: Any) -> Any:
         if 0 not in in_dims:
             return Decline("equal in all members")
-        folded = _folded((q, k, v), in_dims, info.batch_size)
+        size = info.batch_size
+        folded = [into_batch(expanded(value, dim, size)) for value, dim in zip((q, k, v), in_dims, strict=False)]
         with without_dispatch():  # it looks at shapes alone, and is tagged as a draw
             choice = _aten._fused_sdp_choice.default(*folded, None, 0.0, is_causal, scale=scale)
         if choice != _FLASH:
             return Decline("torch chooses single operations")
         out, sums = _flash(*folded, 0.0, is_causal, scale=scale)
-        return out_of_batch(out, info.batch_size), (out, sums)
+        out, *kept = (out_of_batch(value, size) for value in (out, sums, *folded))
+        return out, (out, *kept)
 
     @staticmethod
     def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:
-        *tensors, is_causal, scale = inputs
-        folded = _folded(tensors, in_dims, info.batch_size)
-        found = _flash_backward(into_batch(grad), *folded, *kept, 0.0, is_causal, scale=scale)
+        *_, is_causal, scale = inputs
+        out, sums, *tensors = map(into_batch, kept)
+        found = _flash_backward(into_batch(grad), *tensors, out, sums, 0.0, is_causal, scale=scale)
         return *(out_of_batch(one, info.batch_size) for one in found), None, None
 
-
-def _folded(values: Any, dims: Any, size: int) -> list[torch.Tensor]:
-    return [into_batch(expanded(value, dim, size)) for value, dim in zip(values, dims, strict=False)]
+    @staticmethod
+    def again(needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:
+        """torch has no derivative of it, and says so when it is asked for: here, too."""
+        *_, is_causal, scale = inputs
+        out, sums, *tensors = kept
+        tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+        return *_flash_backward(grad, *tensors, out, sums, 0.0, is_causal, scale=scale), None, None
