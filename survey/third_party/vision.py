@@ -73,7 +73,7 @@ def detected(model: nn.Module, images: torch.Tensor, boxes: torch.Tensor, labels
 
 
 def detector(name: str, **options: Any) -> Case:
-    options |= {"weights": None, "weights_backbone": None, "num_classes": CLASSES, "min_size": 64, "max_size": 64}
+    options |= {"weights": None, "weights_backbone": None, "num_classes": CLASSES}
     make = partial(getattr(detection, name), **options)
     return Case(name, "torchvision", make, pictures, detected, steps=1, untracked=("boxes",))
 
@@ -85,9 +85,9 @@ def first_of(model: nn.Module, x: torch.Tensor) -> Any:
 CASES += [
     Case("resnet18 FPN backbone", "torchvision", backbone("resnet18"), randn(1, 3, 64, 64)),
     Case("mobilenet FPN backbone", "torchvision", backbone("mobilenet_v3_large"), randn(1, 3, 64, 64)),
-    detector("fasterrcnn_mobilenet_v3_large_320_fpn"),
-    detector("retinanet_resnet50_fpn"),
-    detector("fcos_resnet50_fpn"),
+    detector("fasterrcnn_mobilenet_v3_large_320_fpn", min_size=64, max_size=64),
+    detector("retinanet_resnet50_fpn", min_size=64, max_size=64),
+    detector("fcos_resnet50_fpn", min_size=64, max_size=64),
     detector("ssdlite320_mobilenet_v3_large"),
     Case(
         "lraspp segmentation",

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nested
+from torch import Tensor, nested, nn
 from torch.nn import functional as F
 
+import memberwise
 from memberwise import vmap
 from memberwise.errors import EngineError
 
@@ -82,6 +83,28 @@ def test_an_index_out_of_range_to_fill(place: int) -> None:
         fill(torch.ones(3), torch.tensor(2.0))
     with pytest.raises(lone.type):
         vmap(fill)(torch.ones(4, 3), torch.ones(4))
+
+
+class Detector(nn.Linear):
+    """Returns the rows that it finds, in each member another number."""
+
+    def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
+        return [{"boxes": x[super().forward(x)[:, 0] > 0]}]
+
+
+def test_what_differs_in_number_is_refused_and_the_sentence_says_what_does_it() -> None:
+    models = [Detector(3, 1) for _ in range(3)]
+    for i, model in enumerate(models):
+        nn.init.constant_(model.weight, 1.0)
+        nn.init.constant_(model.bias, -i)
+    stack, x = memberwise.stack(models), torch.eye(3) * torch.tensor([0.5, 1.5, 2.5])
+    with warnings.catch_warnings(), pytest.raises(EngineError, match=r"MW203") as refusal:
+        warnings.simplefilter("ignore")  # the members part ways before
+        stack(x)
+    assert "[member(...) for member in stack]" in str(refusal.value)
+    found = [member(x)[0]["boxes"] for member in stack]
+    for own, model, count in zip(found, models, (3, 2, 1), strict=True):
+        assert own.shape == (count, 3) and torch.equal(own, model(x)[0]["boxes"])
 
 
 def rows(layout: torch.layout) -> Tensor:

@@ -365,7 +365,8 @@ def _stack_objects(row: list[Any], finish: Callable[[torch.Tensor], Any], region
 def _cannot_stack(what: str, region: Region | None) -> None:
     if region is not None:
         raise Retreat(what, region)
-    fail(EngineError, "MW203", what, do="Return dense tensors of one shape, or run the members in a loop")
+    do = "Return dense tensors of one shape, or call the members one by one: [member(...) for member in stack]"
+    fail(EngineError, "MW203", what, do=do)
 
 
 _STACKABLE = (torch.strided, torch.sparse_coo)
