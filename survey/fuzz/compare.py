@@ -56,7 +56,8 @@ def finish(
     wanted = [t for t in outs if t.requires_grad]
     weights = [weigh(t) for t in wanted]
     if program.backward in ("grad", "double") and wanted:
-        taken = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad and name != f"input {SHARED}"}
+        asked = (name for name, leaf in leaves.items() if leaf.requires_grad and leaf.is_leaf)  # not what a call wrote
+        taken = {name: leaves[name] for name in asked if name != f"input {SHARED}"}
         double = program.backward == "double"
         grads = torch.autograd.grad(wanted, [*taken.values()], weights, create_graph=double, allow_unused=True)
         if double:
