@@ -67,7 +67,7 @@ check-mutations: $(READY) ## break each rule in turn, and demand that the tests 
 check-capture: $(READY) ## captured steps, compiled, against eager ones over 50 steps; minutes of compiling
 	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=worksteal tests/parity/check_capture.py $(ARGS)
 
-check-fuzz: $(READY) ## random programs, stack against loop; ARGS="--programs 100000" for the recorded run
+check-fuzz: $(READY) ## random programs and histories, stack against loop; ARGS="--programs 100000 --sequences 5000" records
 	$(ONE_THREAD) $(BIN)/python -m survey.fuzz.run $(ARGS)
 
 check-torch-tests: $(READY) ## PyTorch's own tests, pointed at Memberwise; PYTORCH= is a checkout of pytorch; ten minutes

@@ -1,25 +1,30 @@
-"""A smaller program that fails in the same way: each part of it left out or made plain, as long as that is so."""
+"""A smaller case that fails in the same way: each part of it left out or made plain, as long as that is so."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 from survey.fuzz.programs import Program
 
 PLAIN = {"calls": 1, "backward": "once", "through": "vmap", "composites": True, "training": False}
 
 
-def shrunk(program: Program, fails: Callable[[Program], bool]) -> Program:
-    """The smallest program on the way down that still fails."""
+Case = TypeVar("Case")
+
+
+def shrunk(case: Case, fails: Callable[[Case], bool], smaller: Callable[[Case], Iterator[Case]]) -> Case:
+    """The smallest case on the way down that still fails."""
     while True:
-        smaller = next((one for one in _smaller(program) if fails(one)), None)
-        if smaller is None:
-            return program
-        program = smaller
+        less = next((one for one in smaller(case) if fails(one)), None)
+        if less is None:
+            return case
+        case = less
 
 
-def _smaller(program: Program) -> Iterator[Program]:
+def smaller_program(program: Program) -> Iterator[Program]:
+    """Each a little less."""
     steps = program.steps
     for k in range(len(steps)):
         yield program.with_steps(steps[:k] + steps[k + 1 :])

@@ -1,4 +1,4 @@
-"""What random programs (`make check-fuzz`) have found, each at its smallest."""
+"""What random programs and histories of stacks (`make check-fuzz`) have found, each at its smallest."""
 
 from __future__ import annotations
 
@@ -291,3 +291,17 @@ def test_members_that_part_ways_in_a_checkpoint_are_recomputed_one_by_one(first:
             )
             assert_equal(ours.kept, theirs.kept)  # type: ignore[arg-type] # tensors
             assert ours.python_calls == theirs.python_calls
+
+
+def test_a_stack_of_one_keeps_what_a_member_leaves_stacked() -> None:
+    """What all turns leave is one object where there is one turn, and was taken for a constant."""
+    models = [Keeping().double() for _ in range(2)]
+    for k, model in enumerate(models):
+        nn.init.constant_(model.weight, 1 - 2 * k)
+    stack, x = memberwise.stack(models), torch.ones(3, dtype=torch.float64)
+    stack(x)
+    one = stack[:1]
+    models[0](x)
+    for _ in range(2):
+        assert_equal(one(x)[0].detach(), models[0](x).detach())
+        assert_equal(one.kept[0], models[0].kept)  # type: ignore[index,arg-type] # tensors, by now

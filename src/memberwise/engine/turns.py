@@ -251,7 +251,8 @@ class Showing:
     def _put_together(self, module: nn.Module, name: str, left: list[Any]) -> None:
         """One attribute from one value a turn: members' tensors are joined; of others the last stays, as in a loop."""
         rows = [tree_leaves(value) for value in left]
-        apart = left[0] is not left[-1] and any(isinstance(leaf, torch.Tensor) for leaf in rows[0])
+        holds_tensors = any(isinstance(leaf, torch.Tensor) for leaf in rows[0])
+        apart = holds_tensors and (left[0] is not left[-1] or len(self._turns) == 1)
         if not apart or not (self._alone or self._is_carried(module, name)):
             module.__dict__[name] = self._same_object(module, name, left, self._value_of_all(module, name, left))
             return
