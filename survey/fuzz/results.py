@@ -38,9 +38,14 @@ def begin(path: Path, seed: int, *, resume: bool) -> None:
             path.unlink(missing_ok=True)
 
 
+def of(path: Path, kind: str) -> Document:
+    """All that the file has of one kind."""
+    return _read(path).get(kind) or _together({})
+
+
 def known(path: Path, kind: str) -> dict[int, int]:
     """How many cases there are of the chunks that the file has without a failure."""
-    chunks = _read(path).get(kind, {}).get("chunks", {})
+    chunks = of(path, kind)["chunks"]
     return {int(number): sum(chunk["counts"].values()) for number, chunk in chunks.items() if not chunk["failures"]}
 
 
@@ -48,8 +53,8 @@ def add(path: Path, seed: int, kind: str, number: int, chunk: Document) -> Docum
     """Write one more chunk down, beside what other processes have written meanwhile; what there is of its kind now."""
     with _locked(path):
         document = _read(path)
-        chunks = document.get(kind, {}).get("chunks", {})
-        chunks[str(number)] = chunk
+        chunks = of(path, kind)["chunks"]
+        chunks[str(number)] = {"commit": machine.commit(), **chunk}
         head = {
             "date": datetime.now(UTC).date().isoformat(),
             "machine": machine.machine(),

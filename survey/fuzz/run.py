@@ -72,7 +72,6 @@ def recorded(
     done = results.known(path, kind)
     wanted = [number for number, wants in sizes.items() if done.get(number, 0) < wants]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    now: dict[str, Any] = {}
     with Progress(*columns) as bar, ThreadPoolExecutor(workers) as pool:
         task = bar.add_task(kind, total=sum(sizes[number] for number in wanted))
 
@@ -90,19 +89,18 @@ def recorded(
                 for future in done_now:
                     number, found = future.result()
                     now = results.add(path, seed, kind, number, results.chunk_of(number * size, found))
-                bar.update(task, description=f"{kind}, {len(now['failures'])} failed")
+                    bar.update(task, description=f"{kind}, {len(now['failures'])} failed")
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
-    return now
+    return results.of(path, kind)
 
 
 def told(kind: str, now: dict[str, Any]) -> int:
     """Print what a run came to; how many cases failed."""
-    for failure in now.get("failures", []):
+    for failure in now["failures"]:
         print(f"{kind} {failure['index']} {failure['kind']}: {failure['what']}\n  {failure['case']}")
-    if now:
-        print(f"{now['cases']} {kind}, {now['steps']} steps: {now['counts']}")
-    return len(now.get("failures", []))
+    print(f"{now['cases']} {kind}, {now['steps']} steps: {now['counts']}")
+    return len(now["failures"])
 
 
 def _part(text: str) -> tuple[int, int]:
