@@ -39,6 +39,14 @@ CASES = [
     ),
     case(_aten._native_batch_norm_legit.default, _images, of(3), of(3), of(3), positive(3), True, 0.1, 1e-5, **_STATS),
     case(_aten._native_batch_norm_legit.no_stats, _images, of(3), of(3), True, 0.1, 1e-5),
+    case(_aten._batch_norm_with_update.default, _images, of(3), of(3), of(3), positive(3), 0.1, 1e-5, **_STATS),
+    case(
+        _aten.batch_norm_backward.default,
+        *(of(4, 3, 2, 2, seed=9), _images, of(3), None, None, *_saved, True, 1e-5, [True, True, True], of(0)),
+        grad=False,
+        stacked=[(0, 1, 2, 5, 6), (0, 1, 5, 6), (0, 2), (1, 5, 6)],
+        state=(5, 6),
+    ),
     case(
         _batch_back,
         *(of(4, 3, 2, 2, seed=9), _images, of(3), None, None, *_saved, True, 1e-5, [True, True, True]),

@@ -46,6 +46,7 @@ CASES = [
     case(_aten.unbind.int, of(2, 3), 1),
     case(_aten.cat.default, [of(2, 3), of(2, 1)], -1),
     case(_aten.cat.default, [of(2, 3), of(0)], 1, name="with torch's old empty tensor"),
+    case(_aten._chunk_cat.default, [of(2, 3, 2), of(2, 5, 2)], 1, 2, grad=False),
     case(_aten.stack.default, [of(2, 3), of(2, 3, seed=1)], -1),
     case(_aten.as_strided.default, of(2, 6), [2, 3], [6, 2], thorough=False),
     case(_aten.as_strided_copy.default, of(2, 6), [2, 3], [6, 2], thorough=False),

@@ -19,7 +19,7 @@ from memberwise._torch.dispatch import (
     run_as_others,
     without_dispatch,
 )
-from memberwise.engine import ladder, trace
+from memberwise.engine import counted, ladder, trace
 from memberwise.engine.ambient import Region
 from memberwise.engine.layout import count_write, promote, relatives, settle, stay_inside
 from memberwise.engine.lowering import unlower
@@ -274,6 +274,8 @@ class Call:
             part_ways(region, f"{op.name} gives a tensor other memory")
         if op.is_host and self.batched:
             return ladder.agreement(op, region, self.values, self.dims, self.kwargs)
+        if op.counted and self.batched:
+            counted.look(op.name, region, self.args, self.values, self.dims)
         draws = op.is_random and ladder.draws_apart(op, region, self.batched, self.values, self.kwargs)
         if op.written:
             self._before_write(self.batched or draws)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from memberwise._torch.dispatch import is_made_of_others
+from memberwise.engine.counted import COUNTED
 from memberwise.rules.registry import LONE_CONTIGUOUS, RULES, on_change
 
 _WRITES_UNSAID = {"native_batch_norm": (3, 4), "cudnn_batch_norm": (3, 4), "miopen_batch_norm": (3, 4)}
@@ -27,6 +28,7 @@ class Operation:
         is_host: whether it returns a value to the host.
         swaps_memory: whether it gives a tensor other memory.
         moves_in_place: whether it changes the shape or strides of its argument (`squeeze_`).
+        counted: whether members may part ways in its backward, see `memberwise.engine.counted`.
         quick: whether a rule may be tried with no further look.
         counts: whether its writes count for autograd: those that its schema does not tell of do not.
         made_of_others: whether it has no rule, and is run as the operations that it calls.
@@ -46,10 +48,11 @@ class Operation:
     lone_contiguous: bool = False
     counts: bool = True
     made_of_others: bool = False
+    counted: bool = False
     quick: bool = False
 
     def __post_init__(self) -> None:
-        apart = self.written or self.is_random or self.is_host or self.moves_in_place
+        apart = self.written or self.is_random or self.is_host or self.moves_in_place or self.counted
         self.quick = self.rule is not None and not apart
 
     @property
@@ -141,4 +144,5 @@ def _read(func: Any) -> Operation:
         func in LONE_CONTIGUOUS,
         not unsaid,
         func not in RULES and is_made_of_others(func),
+        schema.name in COUNTED,
     )

@@ -23,7 +23,7 @@ REDUCED = (
     *("any.dim", "all.dim", "any.dims", "all.dims", "prod.dim_int", "nansum", "logsumexp"),
     *("max.dim", "min.dim", "argmax", "argmin", "median.dim", "kthvalue", "mode"),
     *("var.correction", "std.correction", "var_mean.correction", "std_mean.correction"),
-    *("linalg_vector_norm", "norm.ScalarOpt_dim"),
+    *("linalg_vector_norm", "norm.ScalarOpt_dim", "hash_tensor"),
 )
 """The dimension goes, unless `keepdim`."""
 

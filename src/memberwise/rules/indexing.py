@@ -20,13 +20,13 @@ def _index_fill(info: Any, in_dims: Any, x: torch.Tensor, dim: int, index: torch
     ndim = x.ndim - 1
     count = x.shape[shifted(dim, ndim)] if ndim else 1
     rows = torch.zeros(x.shape[0], count, dtype=torch.bool, device=x.device)
-    rows.scatter_(1, _from_the_start(index.reshape(x.shape[0], -1), count), True)
+    rows.scatter_(1, from_the_start(index.reshape(x.shape[0], -1), count), True)
     mask = rows.view(-1, *(count if k == dim % ndim else 1 for k in range(ndim))) if ndim else rows[:, 0]
     own = value.view(-1, *(1,) * ndim) if in_dims[3] == 0 else value
     return torch.where(mask, own.to(x.dtype), x), 0
 
 
-def _from_the_start(index: torch.Tensor, count: int) -> torch.Tensor:
+def from_the_start(index: torch.Tensor, count: int) -> torch.Tensor:
     """Places counted from the start; what is out of range stays so, and is refused."""
     return torch.where(index < 0, index + count, index)
 
@@ -81,22 +81,43 @@ for _op in (
 def _index_copy(call: Callable[..., Any]) -> Any:
     """One entry of the source a position: a scatter, whose indices may be each member's own. torch has no batching."""
 
-    def rule(info: Any, in_dims: Any, x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor) -> Any:
+    def rule(
+        info: Any,
+        in_dims: Any,
+        x: torch.Tensor,
+        dim: int,
+        index: torch.Tensor,
+        source: torch.Tensor,
+        *how: Any,
+        **kw: Any,
+    ) -> Any:
         x, source = expanded(x, in_dims[0], info.batch_size), expanded(source, in_dims[3], info.batch_size)
-        if x.ndim == 1 or x.ndim != source.ndim or index.ndim - (in_dims[2] == 0) != 1:
-            return Decline("one number a member, or an index that is one")
+        index = index.reshape(1 if in_dims[2] is None else info.batch_size, -1)
+        is_number = x.ndim == 1
+        if is_number:
+            x, source = x.unsqueeze(1), source.reshape(info.batch_size, -1)
         dim = shifted(dim, x.ndim - 1)
-        shape = [1] * x.ndim
-        shape[0], shape[dim] = index.shape[0] if in_dims[2] == 0 else 1, index.shape[-1]
-        if shape[dim] != source.shape[dim]:
+        if x.ndim != source.ndim or index.shape[1] != source.shape[dim] or (is_number and index.shape[1] != 1):
             return Decline("as many indices as entries are expected")
-        return call(x, dim, index.view(shape).expand(source.shape), source), 0
+        shape = [1] * x.ndim
+        shape[0], shape[dim] = index.shape
+        out = call(x, dim, index.view(shape).expand(source.shape), source, *how, **kw)
+        return (out.squeeze(1) if is_number else out), 0
 
     return rule
 
 
 register_rule(_aten.index_copy.default, _index_copy(_aten.scatter.src))
 register_rule(_aten.index_copy_.default, _index_copy(_aten.scatter_.src))
+register_rule(_aten.index_reduce.default, _index_copy(_aten.scatter_reduce.two))
+
+
+@register_rule(_aten.unfold_backward.default)
+def unfold_backward(info: Any, in_dims: Any, grad: torch.Tensor, sizes: Any, dim: int, size: int, step: int) -> Any:
+    """One dimension further. torch has no batching."""
+    if not sizes:
+        return grad.sum(1), 0
+    return _aten.unfold_backward.default(grad, [info.batch_size, *sizes], shifted(dim, len(sizes)), size, step), 0
 
 
 @register_rule(_aten.index_select.default)

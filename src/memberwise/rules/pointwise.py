@@ -27,7 +27,7 @@ cosh deg2rad digamma elu erf erfc erfinv exp exp2 expm1 floor frac gelu hardshri
 hardtanh i0 isinf isnan leaky_relu lgamma log log10 log1p log2 logical_not logit
 mish nan_to_num neg polygamma rad2deg reciprocal relu round rsqrt sgn sigmoid sign signbit
 silu sin sinc sinh softplus softshrink sqrt tan tanh threshold trunc zeros_like ones_like full_like
-empty_like clone _to_copy alias_copy special_entr special_erfcx special_i0e special_i1 special_i1e
+empty_like clone _to_copy alias_copy _conj_physical special_entr special_erfcx special_i0e special_i1 special_i1e
 special_log_ndtr special_ndtri special_airy_ai real_copy imag_copy
 """)
 
@@ -220,5 +220,6 @@ def log_sigmoid_backward(info: Any, in_dims: Any, grad: torch.Tensor, x: torch.T
 
 
 register_rule(_aten.fill.Scalar, _unary(_aten.fill.Scalar))
+register_rule(_aten.isin.Tensor_Scalar, _unary(_aten.isin.Tensor_Scalar))
 register_rule(_aten.fill_.Scalar, _unary(_aten.fill_.Scalar))
 register_rule(_aten.zero_.default, _unary(_aten.zero_.default))

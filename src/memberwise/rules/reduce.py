@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from memberwise.rules.axis import shift_all
+from memberwise.engine.signals import Decline
+from memberwise.rules.axis import expanded, shift_all, shifted
 from memberwise.rules.registry import register_rule
 
 _aten = torch.ops.aten
@@ -38,3 +39,33 @@ register_rule(_aten.sum.dim_IntList, _over_dims(_aten.sum.dim_IntList))
 register_rule(_aten.mean.dim, _over_dims(_aten.mean.dim))
 register_rule(_aten.amax.default, _over_dims(_aten.amax.default))
 register_rule(_aten.amin.default, _over_dims(_aten.amin.default))
+
+
+@register_rule(_aten.renorm.default)
+def renorm(info: Any, in_dims: Any, x: torch.Tensor, p: float, dim: int, most: float) -> Any:
+    """torch's own formula, of each member's slices; it has no batching."""
+    if x.ndim < 3:
+        return Decline("at least two dimensions are expected", by_member=True)
+    others = [k for k in range(1, x.ndim) if k != shifted(dim, x.ndim - 1)]
+    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
+    norm = torch.linalg.vector_norm(x, p, others, True, dtype=wide)
+    factor = torch.where(norm > most, most / (norm + 1e-7), 1.0)
+    return x * factor.to(x.dtype if wide else norm.dtype), 0
+
+
+def _segments(call: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """`lengths` or `offsets` have a row for each place before the axis: with the members, one dimension more."""
+
+    def rule(info: Any, in_dims: Any, *args: Any, axis: int = 0, **kwargs: Any) -> Any:
+        own = [expanded(value, dim, info.batch_size) for value, dim in zip(args[:count], in_dims, strict=False)]
+        for name in ("lengths", "offsets"):
+            value = kwargs.get(name)
+            if value is not None and value.ndim == axis + 1:
+                kwargs[name] = value.expand(info.batch_size, *value.shape)
+        return call(*own, *args[count:], axis=axis + 1, **kwargs), 0
+
+    return rule
+
+
+register_rule(_aten.segment_reduce.default, _segments(_aten.segment_reduce.default, 1))
+register_rule(_aten._segment_reduce_backward.default, _segments(_aten._segment_reduce_backward.default, 3))

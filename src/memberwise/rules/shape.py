@@ -159,6 +159,13 @@ def cat(info: Any, in_dims: Any, tensors: Any, dim: int = 0) -> Any:
     return torch.cat(parts, shifted(dim, parts[0].ndim - 1)), 0
 
 
+@register_rule(_aten._chunk_cat.default)
+def chunk_cat(info: Any, in_dims: Any, tensors: Any, dim: int, count: int) -> Any:
+    """One dimension further."""
+    parts = [expanded(t, at, info.batch_size) for t, at in zip(tensors, in_dims[0], strict=True)]
+    return _aten._chunk_cat.default(parts, dim + 1 if dim >= 0 else dim, count), 0
+
+
 @register_rule(_aten.stack.default)
 def stack(info: Any, in_dims: Any, tensors: Any, dim: int = 0) -> Any:
     """One dimension further; shared tensors are expanded."""
