@@ -109,7 +109,7 @@ CASES += [
         "r3d_18 video",
         "torchvision",
         partial(torchvision.models.video.r3d_18, num_classes=CLASSES),
-        randn(1, 3, 4, 16, 16),
+        randn(2, 3, 4, 24, 24),
     ),
 ]
 
