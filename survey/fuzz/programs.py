@@ -59,8 +59,8 @@ class Program:
         return replace(self, steps=tuple(steps))
 
 
-def _checkpointed(value: Callable[..., Any], a: torch.Tensor, b: torch.Tensor) -> Any:
-    return checkpoint(value, a, b, use_reentrant=False)
+def _checkpointed(reentrant: bool) -> Callable[..., Any]:
+    return lambda value, a, b: checkpoint(value, a, b, use_reentrant=reentrant)
 
 
 def _in(context: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:
@@ -82,7 +82,8 @@ UNDER: dict[str, Callable[..., Any]] = {
     "inference": _in(torch.inference_mode),
     "saved-tensor hooks": _in(_saved),
     "autocast": _in(lambda: torch.autocast("cpu", torch.bfloat16)),
-    "checkpoint": _checkpointed,
+    "checkpoint": _checkpointed(False),
+    "reentrant checkpoint": _checkpointed(True),
 }
 BACKWARDS = ("once", "twice", "each", "grad", "double", "none")
 SHAPES = ((2, 3), (3, 3), (3,), (2, 3))

@@ -305,3 +305,31 @@ def test_a_stack_of_one_keeps_what_a_member_leaves_stacked() -> None:
     for _ in range(2):
         assert_equal(one(x)[0].detach(), models[0](x).detach())
         assert_equal(one.kept[0], models[0].kept)  # type: ignore[index,arg-type] # tensors, by now
+
+
+class KeepingInCheckpoint(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.part, self.reentrant = Keeping(), reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.part, x, use_reentrant=self.reentrant)  # type: ignore[return-value] # one tensor
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_template_of_a_mapped_function_is_recomputed_with_what_each_member_has_left(reentrant: bool) -> None:
+    """A checkpoint found what all members had left, put together."""
+    models = [KeepingInCheckpoint(reentrant).double() for _ in range(2)]
+    for k, model in enumerate(models):
+        nn.init.constant_(model.part.weight, 1 - 2 * k)
+    params, _ = memberwise.stack_module_state(models)
+    template = KeepingInCheckpoint(reentrant).double()
+    run = memberwise.vmap(lambda p, x: memberwise.functional_call(template, p, x), (0, None))
+    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):
+        run(params, x).sum().backward()
+        for model in models:
+            model(x).sum().backward()
+    (found,) = params.values()
+    assert_equal(found.grad, torch.stack([model.part.weight.grad for model in models]))  # type: ignore[arg-type] # so
+    assert template.part.calls == models[0].part.calls == (4 if reentrant else 2)  # else it ends before the count

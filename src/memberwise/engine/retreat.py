@@ -6,7 +6,7 @@ The smallest module of a stack whose forward was running does so; without one, t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from types import FrameType
@@ -303,7 +303,7 @@ def by_members(func: Callable[..., Any], arguments: Arguments, out_dims: Any, re
                 solo.show(i)
                 own[k] = solo.slots.template
             args, kwargs = arguments.build(own)
-            with rows.turn(), member_stream(region, i, anew=True), recomputed_inside(_again(solos.values(), i)):
+            with rows.turn(), member_stream(region, i, anew=True), recomputed_inside(_again(solos, templates, i)):
                 outs.append(func(*args, **kwargs))
             for shown in (*solos.values(), templates):
                 if shown is not None:
@@ -314,14 +314,16 @@ def by_members(func: Callable[..., Any], arguments: Arguments, out_dims: Any, re
     return _stack_at(outs, out_dims)
 
 
-def _again(solos: Iterable[Showing], i: int) -> Callable[[], AbstractContextManager[Any]]:
-    """Member i in place in all stacks, for checkpoints that its run makes."""
+def _again(solos: dict[int, Showing], templates: Turns | None, i: int) -> Callable[[], AbstractContextManager[Any]]:
+    """Member i in place in all stacks, or templates, for checkpoints that its run makes."""
 
     @contextmanager
     def member() -> Iterator[None]:
         with ExitStack() as stack:
-            for solo in solos:
+            for solo in solos.values():
                 stack.enter_context(solo.again(i, solo.slots))
+            for template in () if templates is None else templates.shown():
+                stack.enter_context(template.again(i))
             yield
 
     return member

@@ -7,6 +7,7 @@ has a model of its own. What they leave is a member tensor, as after a stacked r
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -50,6 +51,10 @@ class Turns(Watcher):
         self._turn = turn
         for shown in self._shown.values():
             shown.show(turn)
+
+    def shown(self) -> Iterable[Showing]:
+        """The templates that members have called."""
+        return self._shown.values()
 
     def collect(self) -> None:
         for shown in self._shown.values():

@@ -162,18 +162,16 @@ class Showing:
                 shown.train(first.training)
 
     @contextmanager
-    def again(self, turn: int, stack: Slots) -> Iterator[None]:
-        """One member in place once more, as the whole `stack` is now, while a checkpoint made in its run is recomputed:
-        what that writes and leaves is this member's."""
+    def again(self, turn: int, stack: Slots | None = None) -> Iterator[None]:
+        """One member in place once more, as all stands now, while a checkpoint made in its run is recomputed: what that
+        writes and leaves is this member's. `stack`: what holds plain stacked tensors, once the call is over."""
         if not self._over:
             yield
             return
-        inside = self._region is not None and self._region.running
-        now = (
-            one_by_one(self.slots, len(self._turns), self._cut, self._join, self._region)
-            if inside
-            else one_by_one(stack, len(self._turns), Rows().of, torch.stack)
-        )
+        if stack is None or (self._region is not None and self._region.running):
+            now = one_by_one(self.slots, len(self._turns), self._cut, self._join, self._region)
+        else:
+            now = one_by_one(stack, len(self._turns), Rows().of, torch.stack)
         with now as shown:
             shown.show(turn)
             yield
