@@ -333,3 +333,31 @@ def test_a_template_of_a_mapped_function_is_recomputed_with_what_each_member_has
     (found,) = params.values()
     assert_equal(found.grad, torch.stack([model.part.weight.grad for model in models]))  # type: ignore[arg-type] # so
     assert template.part.calls == models[0].part.calls == (4 if reentrant else 2)  # else it ends before the count
+
+
+class Ends(torch.autograd.Function):
+    """Has no gradient for what it was given, as a reentrant checkpoint of what is detached inside."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: object, *grads: object) -> None:
+        return None
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 3), nn.LayerNorm(3), nn.GRU(3, 3), nn.ReLU()], ids=repr)
+@pytest.mark.parametrize("again", [True, False])
+def test_a_layer_gets_no_gradient(layer: nn.Module, again: bool) -> None:
+    """Its backward runs all the same, with None, which the rule took for a tensor."""
+    layer = layer.double()
+
+    def func(x: torch.Tensor) -> torch.Tensor:
+        out = layer(x)
+        return Ends.apply(out if isinstance(out, torch.Tensor) else out[0])  # type: ignore[return-value] # a tensor
+
+    x = numbers(2, 4, 3)
+    assert torch.autograd.grad(func(x[0]).sum(), x, create_graph=again, allow_unused=True) == (None,)
+    (found,) = torch.autograd.grad(memberwise.vmap(func)(x).sum(), x, create_graph=again, allow_unused=True)
+    assert found is None or not found.any()

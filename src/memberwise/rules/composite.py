@@ -79,6 +79,8 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         call, region, dims, below, places, args = ctx.state
+        if grads[0] is None and all(grad is None for grad in grads):  # a Function above may have none to give
+            return *_NONE, *(None for _ in args)
         if below[-1] and region.running:
             unlower(region, "a backward pass inside the call reaches it")
         kept = ctx.saved_tensors
