@@ -14,6 +14,7 @@ _aten = torch.ops.aten
 
 _layer, _layer_back = _aten.native_layer_norm.default, _aten.native_layer_norm_backward.default
 _batch, _batch_back = _aten.native_batch_norm.default, _aten.native_batch_norm_backward.default
+_weight, _weight_back = _aten._weight_norm_interface.default, _aten._weight_norm_interface_backward.default
 _rows, _images = of(2, 3, 4), of(4, 3, 2, 2)
 _mean, _rstd = _layer(_rows, [4], None, None, 1e-5)[1:]
 _saved = _batch(_images, None, None, None, None, True, 0.1, 1e-5)[1:]
@@ -28,6 +29,10 @@ CASES = [
     case(_layer_back, of(2, 3, 4, seed=9), _rows, [4], _mean, _rstd, of(4), of(4), [True, True, True], **_BACK),
     case(_layer_back, of(2, 3, 4, seed=9), _rows, [4], _mean, _rstd, of(4), None, [True, True, False], **_BACK),
     case(_layer_back, of(2, 3, 4, seed=9), _rows, [4], _mean, _rstd, None, None, [True, False, False], **_BACK),
+    case(_weight, of(3, 4, 2), of(3, 1, 1), name="rows", thorough=False),  # torch reads other memory wrongly
+    case(_weight, of(3, 4, 2), of(1, 1, 2), 2, name="columns", thorough=False),
+    case(_weight_back, of(3, 4), of(3, 4, seed=9), of(3, 1), positive(3, 1), 0, name="rows", **_BACK),
+    case(_weight_back, of(3, 4), of(3, 4, seed=9), of(1, 4), positive(1, 4), 1, name="columns", **_BACK),
     case(_batch, _images, of(3), of(3), of(3), positive(3), True, 0.1, 1e-5, **_STATS),
     case(_batch, of(4, 3), of(3), of(3), of(3), positive(3), True, 0.1, 1e-5, name="rows", **_STATS),
     case(_batch, of(4, 3, 5), of(3), of(3), of(3), positive(3), False, 0.1, 1e-5, name="eval", **_STATS),

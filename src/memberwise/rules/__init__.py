@@ -29,6 +29,7 @@ from memberwise.rules import (
     settings,
     shape,
     softmax,
+    weight_norm,
 )
 from memberwise.rules.users import register_rule
 
@@ -62,4 +63,5 @@ __all__ = [
     "settings",
     "shape",
     "softmax",
+    "weight_norm",
 ]
