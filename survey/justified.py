@@ -12,12 +12,38 @@ BECAUSE: dict[str, tuple[str, ...]] = {
     "Code of old Lua days: its backward writes into tensors that its forward has made.": ("nn.CrossMapLRN2d",),
     "With `scale_grad_by_freq` torch's kernel divides by the frequency of another index, which depends on what else is "
     "in the table; indices beyond a last offset are in the last bag by one of its kernels, in none by another. Only a "
-    "member's own call gives what it gives.": ("nn.EmbeddingBag",),
+    "member's own call gives what it gives.": (
+        "nn.EmbeddingBag",
+        "aten::_embedding_bag",
+        "aten::_embedding_bag_backward",
+    ),
     "In evaluation it leaves padding out by nested tensors; no tensor of a stack can be nested.": (
         "TransformerEncoder",
     ),
     "Its chunked form computes gradients in forward, to hold the logits of one chunk only; one pass for all members "
     "would hold M times that.": ("linear_cross_entropy",),
+    "torch counts in one set of bins; to which of two bins a value at the border belongs is its kernel's rounding.": (
+        *("aten::histc", "aten::histogram", "aten::_histogramdd_bin_edges", "aten::_histogramdd_from_bin_cts"),
+        "aten::_histogramdd_from_bin_tensors",
+    ),
+    "It takes one matrix. `cdist` would take all members' at once, and computes each distance twice.": (
+        "aten::_pdist_forward",
+        "aten::_pdist_backward",
+    ),
+    "One scan of a member's values costs less than to number all places of all members' and put each in its row.": (
+        "aten::nonzero_static",
+    ),
+    "A tensor of another size gets memory of its own, of which only what was there before is defined: each is resized "
+    "alone.": ("aten::resize", "aten::resize_as"),
+    "Where leading dimensions differ, torch's kernel reads pivots beyond the tensor, of members as well.": (
+        "aten::linalg_ldl_solve",
+    ),
+    "With an empty source a mask with a true value is an error, of which only values tell.": ("aten::masked_scatter",),
+    "No member tensor can be sparse: each member makes and takes its own.": ("aten::_to_sparse",),
+    "Of images that lie channels last torch gives such a result, and has no batching for it; a rule's is in order.": (
+        "aten::max_unpool2d",
+        "aten::_upsample_nearest_exact3d",
+    ),
 }
 """Sentence -> ATen operations that run alone by it, and modules whose calls do."""
 
@@ -35,6 +61,16 @@ IN_THE_PROGRAM = {
     ),
     "writes a member's value into a tensor that all members share": (
         "Alone, too, a member finds there what the one before it has written: one has to follow the other."
+    ),
+    "how many there are depends on the mask": (
+        "The values are as many as a member's mask has places, which is an error to be found where they are not."
+    ),
+    "has another number of rows for one member than for another": (
+        "Its gradient has a row for each place of a member's mask, or different index; in backward it is too late to "
+        "part ways."
+    ),
+    "but its data is not allocated": (
+        "Code in C++ reads an index tensor's values in memory, and goes on as they say; a member tensor has no memory."
     ),
     "which no member tensor can show": "No member tensor can be sparse: each member makes and takes its own.",
 }

@@ -30,6 +30,9 @@ def test_what_is_wrong_among_operations_has_been_looked_at() -> None:
 
 def test_every_reason_is_needed() -> None:
     """A name that no longer runs member by member leaves the table."""
+    heads = {name: records.read(name)[0] for name in coverage_page.present()}
+    if any(head.get("done") != head.get("of") for head in heads.values()):
+        pytest.skip("a sweep has not come to its end: what it has not run yet may need a reason")
     found = [record for name in coverage_page.present() for record in records.read(name)[1]]
     used = {name for record in found for op in record.slow for name in (op, record.name)}
     assert not WHY.keys() - used

@@ -107,6 +107,7 @@ def _all() -> list[Any]:
         "copy_",
         "fill",
         "fill_",
+        "ldexp_",
         "zero_",
         "log_sigmoid_forward",
         "log_sigmoid_backward",

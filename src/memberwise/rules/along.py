@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from memberwise.rules.axis import shift_all, shifted
+from memberwise.rules.axis import expanded, shift_all, shifted
 from memberwise.rules.registry import register_rule
 
 _aten = torch.ops.aten
@@ -95,3 +95,17 @@ for _name in REDUCED:
     register_rule(_overload(_name), _Along(_overload(_name), kept=False))
 for _name, _call in WHOLE.items():
     register_rule(_overload(_name), _whole(_call))
+
+
+@register_rule(_aten.searchsorted.Scalar)
+def searchsorted(
+    info: Any, in_dims: Any, ordered: torch.Tensor, number: Any, *, sorter: torch.Tensor | None = None, **kwargs: Any
+) -> Any:
+    """torch batches the search of tensors, and not that of a number."""
+    ordered = expanded(ordered, in_dims[0], info.batch_size)
+    if sorter is not None and sorter.ndim == 1:
+        sorter = sorter.expand(ordered.shape)
+    if isinstance(number, float) and not ordered.is_floating_point():
+        ordered = ordered.double()
+    values = torch.full((info.batch_size, 1), number, dtype=ordered.dtype, device=ordered.device)
+    return _aten.searchsorted.Tensor(ordered, values, sorter=sorter, **kwargs).squeeze(1), 0

@@ -22,7 +22,7 @@ NEAREST_EXACT = ("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_ups
 def _forward(overload: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Any, x: torch.Tensor, *rest: Any) -> Any:
         if is_channels_last(x):
-            return Decline("memory in channels_last order", by_member=True)
+            return Decline("memory in channels_last order")
         return out_of_batch(overload(into_batch(x), *rest), info.batch_size), 0
 
     return rule
@@ -31,7 +31,7 @@ def _forward(overload: Callable[..., Any]) -> Callable[..., Any]:
 def _backward(overload: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Any, grad: torch.Tensor, output: Any, size: Any, *scales: Any) -> Any:
         if is_channels_last(grad):
-            return Decline("memory in channels_last order", by_member=True)
+            return Decline("memory in channels_last order")
         size = [info.batch_size * size[0], *size[1:]]
         return out_of_batch(overload(into_batch(grad), output, size, *scales), info.batch_size), 0
 

@@ -221,5 +221,6 @@ def log_sigmoid_backward(info: Any, in_dims: Any, grad: torch.Tensor, x: torch.T
 
 register_rule(_aten.fill.Scalar, _unary(_aten.fill.Scalar))
 register_rule(_aten.isin.Tensor_Scalar, _unary(_aten.isin.Tensor_Scalar))
+register_rule(_aten.ldexp_.default, _broadcasting(_aten.ldexp_.default))  # `ldexp` is made of others
 register_rule(_aten.fill_.Scalar, _unary(_aten.fill_.Scalar))
 register_rule(_aten.zero_.default, _unary(_aten.zero_.default))

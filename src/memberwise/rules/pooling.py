@@ -31,7 +31,7 @@ def _folded(call: Callable[..., Any], space: int, places: tuple[int, ...]) -> An
         for place in places:
             values[place] = expanded(values[place], in_dims[place], size)
         if any(is_channels_last(values[place]) for place in places):
-            return Decline("memory in channels_last order", by_member=True)
+            return Decline("memory in channels_last order")
         if values[0].ndim == space + 2:  # one sample a member, no batch: members are one
             for place in places:  # torch reads the places of maxima in 3d from other memory wrongly
                 values[place] = values[place].contiguous()
@@ -125,7 +125,7 @@ def _fractional(call: Callable[..., Any], space: int) -> Any:
         has_batch = x.ndim == space + 3
         places = expanded(places, in_dims[3], size)[:, : x.shape[1] if has_batch else 1]  # torch reads no more of them
         if is_channels_last(x):
-            return Decline("memory in channels_last order", by_member=True)
+            return Decline("memory in channels_last order")
         found = call(into_batch(x) if has_batch else x, kernel, output, into_batch(places))
         return (tuple(out_of_batch(one, size) for one in found) if has_batch else found), 0
 
