@@ -235,7 +235,7 @@ def compared(drawn: Program) -> Verdict:
             return Verdict(REFUSED, program, str(error), error.code)
         except Exception as error:
             return Verdict(WRONG, program, f"{type(error).__name__}: {error}")
-        if any(isinstance(t, MemberTensor) for t in (*whole.outs, *whole.state.values())):
+        if any(isinstance(t, MemberTensor) for t in (*whole.outs, *whole.state.values(), *whole.grads.values())):
             return Verdict(WRONG, program, "a member tensor left the call")
         what = difference(program, lone, whole)
         if what is None:

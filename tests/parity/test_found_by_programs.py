@@ -361,3 +361,14 @@ def test_a_layer_gets_no_gradient(layer: nn.Module, again: bool) -> None:
     assert torch.autograd.grad(func(x[0]).sum(), x, create_graph=again, allow_unused=True) == (None,)
     (found,) = torch.autograd.grad(memberwise.vmap(func)(x).sum(), x, create_graph=again, allow_unused=True)
     assert found is None or not found.any()
+
+
+def test_gradients_of_a_module_that_parts_ways_are_plain_where_a_function_of_ones_own_exists() -> None:
+    """The node that takes the members' rows out was taken for one of a user's Function, and ran inside the call."""
+    assert issubclass(Ends, torch.autograd.Function)
+    models = [nn.Sequential(Asking(nn.Tanh()), nn.Tanh()).double() for _ in range(4)]
+    stack = memberwise.stack(models)
+    x = numbers(4, 2, 3)
+    for _ in range(2):
+        stack(memberwise.each(x)).sum().backward()
+    assert {type(leaf.grad) for leaf in (x, *stack.parameters())} == {torch.Tensor}
