@@ -13,6 +13,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import memberwise
+from memberwise.engine.tensor import MemberTensor
+from memberwise.testing.tolerance import assert_equal
 
 ELSEWHERE = os.environ.get("MEMBERWISE_DEVICE", "cpu") != "cpu"
 pytestmark = [
@@ -44,9 +46,15 @@ def convolutions() -> nn.Module:
     return nn.Sequential(*block(3, 8), *block(8, 16), *block(16, 32), nn.Flatten(), nn.Linear(128, 10))
 
 
+def grouped() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 8, 3))
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "a perceptron with dropout": (perceptron, (64, 32)),
     "convolutions and batch norm": (convolutions, (4, 3, 16, 16)),
+    "convolutions and group norm": (grouped, (4, 3, 12, 12)),
+    "layer norms": (lambda: nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64)), (64, 64)),
     "a transformer's layer": (lambda: nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), (4, 12, 32)),
     "attention": (lambda: Attends(0.0), (4, 12, 32)),
     "attention with dropout": (lambda: Attends(0.1), (4, 12, 32)),
@@ -105,3 +113,37 @@ def test_the_count_sees_what_is_held_and_what_was() -> None:
     most, held = bytes_of(lambda: kept.append(torch.ones(100, 100) + 1))
     assert held == 40_000
     assert 80_000 <= most < 81_000
+
+
+@pytest.mark.usefixtures("composites")
+@pytest.mark.parametrize("what", ["left as it lies", "flattened after", "written after", "a view of it written"])
+def test_what_autograd_keeps_of_a_convolutions_result_is_no_copy(what: str) -> None:
+    """It lies with the members among the channels, and so does what is kept of it, until someone takes a view."""
+    seen: list[bool] = []
+
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        out = torch.relu(model(x))
+        kept = out.detach()
+        if isinstance(out, MemberTensor):
+            seen.append(out._inner.data_ptr() == kept._inner.data_ptr() and not out._inner.is_contiguous())
+        if what == "flattened after":
+            return (out.flatten(1) * kept.flatten(1)).sum()
+        if what == "written after":
+            return (kept.mul_(2).sum() + model.bias.sum() + kept).sum() + out.detach().sum()
+        if what == "a view of it written":
+            kept.flatten()[::2].mul_(3)
+            return out.detach().square().sum() + model.bias.sum()
+        return out.square().mean()
+
+    models = [nn.Conv2d(3, 8, 3).double() for _ in range(3)]
+    stack, x = memberwise.stack(copy.deepcopy(models)), torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    found = memberwise.vmap(loss, in_dims=(0, None))(stack, x)
+    alone = [loss(model, x) for model in models]
+    assert_equal(found.detach(), torch.stack(alone).detach(), what)
+    found.sum().backward()
+    for i, (model, one) in enumerate(zip(models, alone, strict=True)):
+        one.backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                assert_equal(stack.get_parameter(name).grad[i], parameter.grad, f"member {i}: {name}")
+    assert seen and all(seen)

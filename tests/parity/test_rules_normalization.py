@@ -18,6 +18,8 @@ _weight, _weight_back = _aten._weight_norm_interface.default, _aten._weight_norm
 _rows, _images = of(2, 3, 4), of(4, 3, 2, 2)
 _mean, _rstd = _layer(_rows, [4], None, None, 1e-5)[1:]
 _saved = _batch(_images, None, None, None, None, True, 0.1, 1e-5)[1:]
+_group, _group_back = _aten.native_group_norm.default, _aten.native_group_norm_backward.default
+_of_group = _group(of(3, 4, 2, 2), None, None, 3, 4, 4, 2, 1e-5)[1:]
 _BACK = {"grad": False, "thorough": False}  # torch reads means from other memory wrongly
 _STATS = {"state": (3, 4), "stacked": [(0, 1, 2, 3, 4), (0, 3, 4), (1, 3, 4), (0, 1, 3, 4)]}
 
@@ -33,6 +35,15 @@ CASES = [
     case(_weight, of(3, 4, 2), of(1, 1, 2), 2, name="columns", thorough=False),
     case(_weight_back, of(3, 4), of(3, 4, seed=9), of(3, 1), positive(3, 1), 0, name="rows", **_BACK),
     case(_weight_back, of(3, 4), of(3, 4, seed=9), of(1, 4), positive(1, 4), 1, name="columns", **_BACK),
+    case(_group, of(3, 4, 2, 2), of(4), of(4), 3, 4, 4, 2, 1e-5, thorough=False),  # torch refuses other memory
+    case(_group, of(3, 4, 5), None, None, 3, 4, 5, 2, 1e-5, name="no weight", thorough=False),
+    case(_group_back, of(3, 4, 2, 2, seed=9), of(3, 4, 2, 2), *_of_group, of(4), 3, 4, 4, 2, [True] * 3, **_BACK),
+    case(
+        _group_back,
+        *(of(3, 4, 2, 2, seed=9), of(3, 4, 2, 2), *_of_group, None, 3, 4, 4, 2, [True, False, False]),
+        name="no weight",
+        **_BACK,
+    ),
     case(_batch, _images, of(3), of(3), of(3), positive(3), True, 0.1, 1e-5, **_STATS),
     case(_batch, of(4, 3), of(3), of(3), of(3), positive(3), True, 0.1, 1e-5, name="rows", **_STATS),
     case(_batch, of(4, 3, 5), of(3), of(3), of(3), positive(3), False, 0.1, 1e-5, name="eval", **_STATS),

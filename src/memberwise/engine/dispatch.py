@@ -234,7 +234,7 @@ class Call:
             if arg._lowered and not arg._region.looking:
                 unlower(arg._region, f"{self.op.name} reaches it unseen")
             if arg._differs:
-                if self.op.is_view:
+                if self.op.is_view and not self.op.is_alias:
                     settle(arg)
                 self.differs = True
             if arg._batched:

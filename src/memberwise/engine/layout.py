@@ -78,8 +78,11 @@ def relaid(inner: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
 
 
 def settle(member: MemberTensor) -> torch.Tensor:
-    """Bring the inner tensor into the declared (contiguous) order, before a view of it is taken."""
+    """Bring the inner tensor into the declared (contiguous) order, before a view of it is taken; its aliases, too."""
     if member._differs:
-        member._inner = member._inner.contiguous()
-        member._differs = False
+        memory = member._inner.contiguous()
+        for alias in relatives(member):
+            alias._inner = memory if alias is member else memory.detach()
+            alias._root = None if alias._root is None else memory
+            alias._differs = False
     return member._inner

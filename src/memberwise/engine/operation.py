@@ -15,6 +15,8 @@ from memberwise.rules.registry import LONE_CONTIGUOUS, RULES, on_change
 _WRITES_UNSAID = {"native_batch_norm": (3, 4), "cudnn_batch_norm": (3, 4), "miopen_batch_norm": (3, 4)}
 """Operations that write arguments which their schema declares untouched."""
 
+_ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+
 
 @dataclass(slots=True)
 class Operation:
@@ -24,6 +26,7 @@ class Operation:
         written: positions of the arguments it writes; names, where they are keyword-only.
         returned: for each return, the argument that comes back as it, or None.
         is_view: whether the results alias the first argument.
+        is_alias: whether they are that argument as it lies.
         is_random: whether it draws.
         is_host: whether it returns a value to the host.
         swaps_memory: whether it gives a tensor other memory.
@@ -50,6 +53,7 @@ class Operation:
     made_of_others: bool = False
     counted: bool = False
     quick: bool = False
+    is_alias: bool = False
 
     def __post_init__(self) -> None:
         apart = self.written or self.is_random or self.is_host or self.moves_in_place or self.counted
@@ -145,4 +149,5 @@ def _read(func: Any) -> Operation:
         not unsaid,
         func not in RULES and is_made_of_others(func),
         schema.name in COUNTED,
+        is_alias=func in _ALIASES,
     )

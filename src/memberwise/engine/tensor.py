@@ -99,7 +99,7 @@ def wrap_view(inner: torch.Tensor, source: MemberTensor) -> MemberTensor:
     out = make_wrapper(
         type(source),
         inner.shape[1:] if batched else inner.shape,
-        inner.stride()[1:] if batched else inner.stride(),
+        None if source._differs else inner.stride()[1:] if batched else inner.stride(),
         offset if offset > 0 else None,
         None,
         inner.dtype,
@@ -113,6 +113,10 @@ def wrap_view(inner: torch.Tensor, source: MemberTensor) -> MemberTensor:
         out._batched = False
     if source._outside:
         out._outside = True
+    if source._differs:
+        out._differs = True
+        if source._family is None:
+            _join(source, [])
     if source._family is not None:
         _join(out, source._family)
     return out

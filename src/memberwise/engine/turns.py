@@ -173,9 +173,19 @@ class Showing:
         else:
             now = one_by_one(stack, len(self._turns), Rows().of, torch.stack)
         with now as shown:
+            shown._take_pieces_of(self)
             shown.show(turn)
             yield
             shown.collect()
+
+    def _take_pieces_of(self, former: Showing) -> None:
+        """Of what nobody has replaced since, the very tensors of the former run: its graph leads to these."""
+        there = {(id(place.owner), place.name): k for k, place in enumerate(former.places)}
+        for k, (place, original) in enumerate(zip(self.places, self.originals, strict=True)):
+            then = there.get((id(place.owner), place.name))
+            if then is not None and _is_one_memory(former.originals[then], original):
+                self.pieces[k] = former.pieces[then]
+                self._memory[k] = [*map(_memory, self.pieces[k])]
 
     def collect(self) -> None:
         """Note what the run of the turn that is shown has left."""
@@ -292,6 +302,14 @@ def _memory(piece: Any) -> int:
     if not isinstance(piece, torch.Tensor) or isinstance(piece, MemberTensor) or piece.layout is not torch.strided:
         return 0
     return piece.data_ptr()
+
+
+def _is_one_memory(one: Any, other: Any) -> bool:
+    """Whether two stacked tensors, or member tensors of them, are the same numbers."""
+    one, other = (value._inner if isinstance(value, MemberTensor) else value for value in (one, other))
+    if one is None or other is None:
+        return False
+    return one is other or (_memory(one) == _memory(other) != 0 and one.stride() == other.stride())
 
 
 def _overwrite(original: torch.Tensor, joined: torch.Tensor) -> None:

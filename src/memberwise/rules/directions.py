@@ -75,6 +75,13 @@ def _flat(rows: torch.Tensor) -> torch.Tensor:
     return rows.reshape(rows.shape[0], -1, rows.shape[-1])
 
 
+def _joined(steps: list[torch.Tensor]) -> torch.Tensor:
+    """Tensors by time, `(M, B, *)` each, as `(M, T * B, *)`; takes them, lest both be held."""
+    whole = torch.stack(steps, 1)
+    steps.clear()
+    return _flat(whole)
+
+
 class Batched:
     """The input products of all steps at once, then one batched product a step, and back through time by hand."""
 
@@ -109,8 +116,8 @@ class Batched:
         grads = [None] * steps if grad is None else grad.unbind(1)
         given = saved, direction.recurrent, before.unbind(1), direction.states, grads, last
         found, of_state, states = self.cell.back(*given, direction.order(steps))
-        inputs = _flat(torch.stack(found, 1))
-        hidden = inputs if of_state is found else _flat(torch.stack(of_state, 1))
+        inputs = _joined(found)
+        hidden = _joined(of_state) if of_state else inputs
         weights = [
             batched(inputs.transpose(1, 2), _flat(rows)),
             batched(hidden.transpose(1, 2), _flat(before)),

@@ -23,7 +23,7 @@ def _beside(value: torch.Tensor, dim: Any, ndim: int) -> torch.Tensor:
 
 
 def layer_norm(x: torch.Tensor, shape: Any, weight: Any, bias: Any, dims: Any, eps: float) -> Any:
-    """`(out, normalised, mean, rstd)` of `(M, *s)`; weights `(*n)`, `(M, *n)` or None, as `dims` says.
+    """`(out, mean, rstd)` of `(M, *s)`; weights `(*n)`, `(M, *n)` or None, as `dims` says.
 
     In half precision all but `out` are float32: the lone kernel scales before it rounds.
     """
@@ -32,17 +32,16 @@ def layer_norm(x: torch.Tensor, shape: Any, weight: Any, bias: Any, dims: Any, e
     plain, mean, rstd = torch.native_layer_norm(x, shape, None, None, eps)
     scale = None if weight is None else _beside(weight, dims[0], x.ndim)
     if bias is None:
-        out = plain if scale is None else plain * scale
+        out = plain if scale is None else plain.mul_(scale)
     else:
         shift = _beside(bias, dims[1], x.ndim)
-        out = plain + shift if scale is None else torch.addcmul(shift, plain, scale)
-    return out.to(kind), plain, mean, rstd
+        out = plain.add_(shift) if scale is None else torch.addcmul(shift, plain, scale, out=plain)
+    return out.to(kind), mean, rstd
 
 
 def layer_norm_grads(
     grad: torch.Tensor,
     x: torch.Tensor,
-    plain: Any,
     shape: Any,
     mean: Any,
     rstd: Any,
@@ -50,7 +49,10 @@ def layer_norm_grads(
     w_dim: Any,
     mask: Any,
 ) -> tuple[Any, Any, Any]:
-    """Gradients `(M, *s, *n)`, `(M, *n)`, `(M, *n)` or None; `plain` is the normalised input, or None."""
+    """Gradients `(M, *s, *n)`, `(M, *n)`, `(M, *n)` or None.
+
+    The normalised input is made once more: kept, it would be a tensor more than alone for each layer.
+    """
     kinds = x.dtype, x.dtype if weight is None else weight.dtype
     grad, x, mean, rstd, weight = _widened(grad, x, mean, rstd, weight)
     grad_x = grad_weight = None
@@ -60,8 +62,8 @@ def layer_norm_grads(
         args = own, x, shape, mean.contiguous(), rstd.contiguous(), None, None, [True, False, False]
         grad_x = _aten.native_layer_norm_backward.default(*args)[0].to(kinds[0])
     if mask[1]:
-        plain = (x - mean).mul_(rstd) if plain is None else plain
-        grad_weight = _total(grad * plain, lead).to(kinds[1])
+        plain = torch.addcmul(-mean * rstd, x, rstd)
+        grad_weight = _total(plain.mul_(grad), lead).to(kinds[1])
     return grad_x, grad_weight, _total(grad, lead).to(kinds[1]) if mask[2] else None
 
 
@@ -81,7 +83,7 @@ def native_layer_norm(info: Any, in_dims: Any, x: Any, shape: Any, weight: Any, 
     if w_dim is None and b_dim is None:
         return torch.native_layer_norm(x, shape, weight, bias, eps), 0
     x = expanded(x, x_dim, info.batch_size)
-    out, _, mean, rstd = layer_norm(x, shape, weight, bias, (w_dim, b_dim), eps)
+    out, mean, rstd = layer_norm(x, shape, weight, bias, (w_dim, b_dim), eps)
     kind = mean.dtype if x.is_cuda else (weight if bias is None else bias).dtype
     return (out, mean.to(kind), rstd.to(kind)), 0
 
@@ -94,7 +96,7 @@ def native_layer_norm_backward(
     g_dim, x_dim, _, m_dim, r_dim, w_dim, _, _ = in_dims
     dims = (g_dim, x_dim, m_dim, r_dim)
     full = [expanded(value, dim, info.batch_size) for value, dim in zip((grad, x, mean, rstd), dims, strict=True)]
-    return layer_norm_grads(*full[:2], None, shape, *full[2:], weight, w_dim, mask), 0
+    return layer_norm_grads(*full[:2], shape, *full[2:], weight, w_dim, mask), 0
 
 
 LONE_CONTIGUOUS.update({_aten.native_layer_norm.default, _aten.native_layer_norm_backward.default})
@@ -118,13 +120,13 @@ class LayerNorm:
         if 0 not in in_dims:
             return Decline("equal in all members")
         x = expanded(x, in_dims[0], info.batch_size)
-        out, plain, mean, rstd = layer_norm(x, shape, weight, bias, (in_dims[2], in_dims[3]), eps)
-        return out, (None if weight is None else plain, mean, rstd)
+        out, *statistics = layer_norm(x, shape, weight, bias, (in_dims[2], in_dims[3]), eps)
+        return out, statistics
 
     @staticmethod
     def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grad: torch.Tensor) -> Any:
         x, shape, weight, _, _ = inputs
         x = expanded(x, in_dims[0], info.batch_size)
         mask = needs[0], needs[2], needs[3]
-        grad_x, grad_weight, grad_bias = layer_norm_grads(grad, x, kept[0], shape, *kept[1:], weight, in_dims[2], mask)
+        grad_x, grad_weight, grad_bias = layer_norm_grads(grad, x, shape, *kept, weight, in_dims[2], mask)
         return grad_x, None, grad_weight, grad_bias, None
