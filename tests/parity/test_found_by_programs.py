@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -372,3 +374,45 @@ def test_gradients_of_a_module_that_parts_ways_are_plain_where_a_function_of_one
     for _ in range(2):
         stack(memberwise.each(x)).sum().backward()
     assert {type(leaf.grad) for leaf in (x, *stack.parameters())} == {torch.Tensor}
+
+
+class Within(torch.autograd.Function):
+    """Takes its gradients by a backward of its own, as reversible networks do."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        ctx.layer, ctx.x = layer, x.detach()
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        with torch.enable_grad():
+            x = ctx.x.requires_grad_()
+            torch.autograd.backward(ctx.layer(x), grads[0])
+        return None, x.grad
+
+
+class Checked(nn.Module):
+    def __init__(self, by_hand: bool) -> None:
+        super().__init__()
+        self.norm, self.by_hand = nn.LayerNorm(3), by_hand
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.by_hand:
+            return Within.apply(self.norm, x)  # type: ignore[return-value] # a tensor
+        return checkpoint(self.norm, x, use_reentrant=True)  # type: ignore[return-value] # likewise
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_gradients_that_a_backward_in_a_backward_takes_are_plain(by_hand: bool) -> None:
+    """It ran inside the call once more, and left a member tensor in `.grad`."""
+    models = [Checked(by_hand).double() for _ in range(2)]
+    stack = memberwise.stack(models)
+    x = numbers(2, 4, 3)
+    for _ in range(2):
+        stack(memberwise.each(x)).square().sum().backward()
+        for model, own in zip(models, x.detach(), strict=True):
+            model(own.requires_grad_()).square().sum().backward()
+    for name, p in stack.named_parameters():
+        assert type(p.grad) is torch.Tensor
+        assert_equal(p.grad, torch.stack([model.get_parameter(name).grad for model in models]))  # type: ignore[misc] # so

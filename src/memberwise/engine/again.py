@@ -42,6 +42,8 @@ def inside(region: Region) -> Iterator[None]:
     finally:
         take_off(region)
         local.regions = outer
+        if not region.running:
+            region.release_gradients()
 
 
 def take_off(region: Region) -> None:

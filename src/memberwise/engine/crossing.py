@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memberwise._torch.dispatch import applier, functorch_active, shorten_backward
+from memberwise._torch.dispatch import applier, functorch_active, mode_depth, shorten_backward, top_mode
 from memberwise.engine.tensor import MemberTensor, stacked, wrap, wrap_unbatched
 from memberwise.errors import EngineError, fail
 
@@ -27,7 +27,7 @@ class Enter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         region = ctx.region
-        if region.running:
+        if region.running or (mode_depth() and top_mode() is region):
             region.note_backward(_leaves(ctx))
         pairs = zip(grads, ctx.batched, strict=True)
         return (
