@@ -93,6 +93,8 @@ def _of_stack(run: Outcome, loop: Outcome) -> Iterator[Any]:
         except ValueError as error:
             raise Mismatch(f"the results have another structure: {error}") from error
         for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and leaf.ndim and len(leaf) <= i:
+                raise Mismatch(f"a result has shape {tuple(leaf.shape)}, and no member axis")
             yield leaf[i] if isinstance(leaf, torch.Tensor | list) else leaf
     yield from run.inputs
     yield from run.grads

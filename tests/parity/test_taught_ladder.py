@@ -168,3 +168,9 @@ def test_torch_keeps_its_own_fallback() -> None:
             memberwise.vmap(fails)(x)
         found = torch.vmap(lambda row: torch.histc(row, bins=4, min=-2, max=2))(x)
     assert torch.equal(found, torch.stack([torch.histc(row, bins=4, min=-2, max=2) for row in x]))
+
+
+def test_a_result_that_torch_batches_without_members() -> None:
+    """torch's batching of `pinv` forgets the members where the matrix is empty, and all share it."""
+    out = memberwise.vmap(lambda a, rtol: torch.linalg.pinv(a, rtol=rtol), (None, 0))(torch.ones(0, 2), torch.ones(3))
+    assert out.shape == (3, 2, 0)

@@ -78,7 +78,10 @@ def _wrap(arg: Any, dim: Any, level: int) -> Any:
 
 def _unwrap(out: Any, level: int, size: int) -> Any:
     if isinstance(out, torch.Tensor):
-        return _functorch._remove_batch_dim(out, level, size, 0)
+        found = _functorch._remove_batch_dim(out, level, size, 0)
+        if found.shape[0] != size:  # `linalg_pinv` of an empty matrix that all share
+            raise Unbatchable("torch's batching gives a result without members")
+        return found
     if isinstance(out, list | tuple):
         return type(out)(_unwrap(entry, level, size) for entry in out)
     return out

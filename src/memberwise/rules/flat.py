@@ -84,11 +84,11 @@ def index_put(
     x = expanded(x, in_dims[0], info.batch_size)
     behind = x.ndim - 1 - used[0] - len(own)
     if x.shape[used[0] + 1 : x.ndim - behind] != own or values.dtype != x.dtype:
-        return Decline("a mask of the tensor's shape is expected, and values of its type", by_member=True)
+        return Decline("a mask of the tensor's shape is expected, and values of its type", by_member=dim is not None)
     at = values.ndim - behind - 1  # the values' dimension for the places
     if at >= (in_dims[2] is not None):
         if values.shape[at] != 1:
-            return Decline("a value a place; how many there are depends on the mask", by_member=True)
+            return Decline("a value a place; how many there are depends on the mask", by_member=dim is not None)
         values = values.reshape(*values.shape[:at], *(1,) * len(own), *values.shape[at + 1 :])
     mask = mask.reshape(*mask.shape, *(1,) * behind)
     x, mask, values = aligned((x, mask, values), (0, dim, in_dims[2]))
