@@ -8,6 +8,7 @@
 PYTHON ?= python3
 TORCH ?=
 ARGS ?=
+ROW ?=
 
 VENV  := .venv$(if $(TORCH),-$(TORCH))
 BIN   := $(VENV)/bin
@@ -20,7 +21,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types doctest snippets imports check check-capture check-fuzz coverage check-modules \
-        check-operations check-mutations check-torch-tests bench bench-overhead readme clean
+        check-operations check-mutations check-torch-tests bench bench-first bench-overhead readme clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | \
@@ -91,7 +92,10 @@ check-third-party: $(THIRD)/.ready ## architectures of transformers, timm, PyG a
 
 # -- figures
 
-bench: $(BENCH) ## the first table of benchmarks/
+bench: $(BENCH) ## every workload against every rival, hours; ROW=W3 measures one, ARGS=--resume goes on
+	$(BIN)/python -m benchmarks.workloads $(ROW) $(ARGS)
+
+bench-first: $(BENCH) ## the table of small models in README.md, an hour
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 bench-overhead: $(BENCH) ## microseconds an operation

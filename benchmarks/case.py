@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.recipe import ADAM, Recipe
+
 Batch = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Unwritten:
+    """Why a case has no twin: no code that computes the same in another form."""
+
+    why: str
 
 
 @dataclass(frozen=True)
@@ -21,11 +30,34 @@ class Case:
 
     name: str
     about: str
-    model: Callable[[], nn.Module]
+    model: Callable[..., nn.Module]
     batch: Callable[[torch.Generator], Batch]
     loss: Callable[..., Tensor]
     members: tuple[int, ...]
     shared: bool = True
+    workload: str = ""
+    """Its name in the table of workloads, `W1` to `W12`."""
+    recipe: Recipe = ADAM
+    trains: bool = True
+    """If not, a step is a prediction in evaluation mode without gradients: what `loss` returns, (M, ...)."""
+    still: Callable[[], nn.Module] | None = None
+    """Of a model that draws random numbers: the same without. Rivals that draw otherwise are checked with it."""
+    common: Callable[[], nn.Module] | None = None
+    """The frozen part that all members hold: made once and handed to `model`, which keeps it as `trunk`."""
+    rows: int | None = None
+    """Of how many rows of data a step picks its batch, within the timed region; None if batches come ready."""
+    precision: torch.dtype | None = None
+    """The dtype that limits how far two right results lie apart, where it is not that of the parameters."""
+    steps: int | None = None
+    """How many steps are checked, where the usual number would take minutes; a captured step compiles in the third."""
+    objective: str = ""
+    """The loss by its name, for the twins: `cross_entropy`, `mse`, or `` for a prediction."""
+    folded: Callable[..., tuple[Tensor, dict[str, Tensor]]] | Unwritten = Unwritten("no folded form is written")
+    """`folded(params, buffers, *inputs, training=...)`: the model of all members by hand, each tensor (M, ...)."""
+    in_jax: str | Unwritten = Unwritten("no model in JAX is written")
+    """A module of `in_jax/`, with the model of one member."""
+    flops: int | None = None
+    """Of one member's step, where torch's counter does not see them."""
 
     @property
     def in_dims(self) -> tuple[int | None, ...]:
@@ -33,14 +65,32 @@ class Case:
         width = len(self.batch(torch.Generator()))
         return (0, *((None if self.shared else 0,) * width))
 
+    @property
+    def randomness(self) -> str:
+        """As `torch.vmap` takes it."""
+        return "error" if self.still is None else "different"
+
+    def without_draws(self) -> Case:
+        """The same workload with the model that draws nothing."""
+        return self if self.still is None else replace(self, model=self.still, still=None)
+
     def models(self, members: int, seed: int = 0) -> list[nn.Module]:
         """Member i is what `torch.manual_seed(seed + i)` makes of the model."""
-        made = []
         with torch.random.fork_rng(devices=[]):
-            for member in range(members):
-                torch.manual_seed(seed + member)
-                made.append(self.model())
-        return made
+            part = self.part(seed)
+            return [self.member(seed + member, part) for member in range(members)]
+
+    def part(self, seed: int = 0) -> tuple[nn.Module, ...]:
+        """What all members hold, as the model takes it."""
+        if self.common is None:
+            return ()
+        torch.manual_seed(seed)
+        return (self.common().requires_grad_(False),)
+
+    def member(self, seed: int, part: tuple[nn.Module, ...] = ()) -> nn.Module:
+        """One member; torch's global stream is left where its draws go on."""
+        torch.manual_seed(seed)
+        return self.model(*part).train(self.trains)
 
     def batches(self, members: int, count: int, seed: int = 0) -> list[Batch]:
         """`count` different batches; unless shared, each tensor is (M, ...)."""
@@ -55,3 +105,20 @@ class Case:
     def of_member(self, batch: Batch, member: int) -> Batch:
         """What one member sees of a batch."""
         return batch if self.shared else tuple(part[member] for part in batch)
+
+
+def watched(model: nn.Module) -> dict[str, Tensor]:
+    """What a step may change: the parameters that are trained, and the buffers."""
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    return {**trained, **dict(model.named_buffers())}
+
+
+def stacked(models: list[nn.Module]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copies of the trained parameters and of the buffers of all members, (M, ...); what is frozen stays behind."""
+    held = [watched(model) for model in models]
+    whole = {name: torch.stack([each[name].detach() for each in held]) for name in held[0]}
+    trained = {name for name, _ in models[0].named_parameters()}
+    return (
+        {name: value for name, value in whole.items() if name in trained},
+        {name: value for name, value in whole.items() if name not in trained},
+    )

@@ -40,9 +40,10 @@ def accelerator(device: str) -> str | None:
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
 
 
-def versions() -> dict[str, str]:
+def versions(more: tuple[str, ...] = ()) -> dict[str, str]:
+    """Of Python, this checkout, the packages that every figure depends on, and of `more`."""
     found = {"python": platform.python_version(), "commit": commit()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

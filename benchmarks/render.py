@@ -15,6 +15,10 @@ def markdown(document: dict[str, Any]) -> str:
     """The document's table, losses in bold, with where it comes from and what is missing in it."""
     if document["kind"] == "overhead":
         return "\n".join([*lines_of(summary.overhead(document)), "", summary.origin(document)]) + "\n"
+    if document["kind"] == "workloads":
+        tables = (summary.times, summary.against, summary.costs, summary.even)
+        lines = [line for table in tables for line in (*lines_of(table(document)), "")]
+        return "\n".join([*lines, summary.origin(document), *(f"\n{note}" for note in summary.notes(document))]) + "\n"
     lines = [*lines_of(summary.times(document)), "", *lines_of(summary.ratios(document)), "", summary.origin(document)]
     return "\n".join([*lines, *(f"\n{note}" for note in summary.notes(document))]) + "\n"
 

@@ -7,23 +7,30 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from benchmarks import feed
 from benchmarks.case import Batch, Case
 
-LR = 1e-3
-"""The learning rate of every rival's Adam; its other arguments are torch's defaults."""
+
+class Cannot(Exception):
+    """A rival says itself why it does not run a case."""
 
 
 @dataclass(frozen=True)
 class Running:
     """A started rival.
 
-    `step(batch)` is one training step of all members (zero_grad, forward, backward, Adam) and returns
-    their losses, (M,). `state()` gives the parameters and buffers as they are now, each (M, ...), by the
-    names of a member's state dict.
+    `step(batch)` is one training step of all members (zero_grad, forward, backward, clipping, optimizer) and
+    returns their losses, (M,), or one prediction, (M, ...). `state()` gives the trained parameters and the buffers as
+    they are now, each (M, ...), by a member's names.
+
+    A rival that is no torch code has its own `feed`, which takes all batches and answers what makes step number i of
+    them, and says how many bytes it needs, `memory`.
     """
 
     step: Callable[[Batch], Tensor]
     state: Callable[[], dict[str, Tensor]]
+    feed: Callable[[feed.Data], Callable[[int], object]] | None = None
+    memory: Callable[[Batch], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,12 @@ class Rival:
     family: str
     about: str
     start: Callable[[Case, list[nn.Module]], Running]
+    needs: tuple[str, ...] = ()
+    """Packages without which it is left out."""
+    alone: bool = False
+    """Whether it runs the first member only."""
+    draws_alone: bool = False
+    """Whether its members draw the random numbers that each draws alone."""
 
     @property
     def ours(self) -> bool:

@@ -1,21 +1,24 @@
 """One row of the table, measured: start every rival, check it, then time them all against each other.
 
-What a row comes to is a dict as `schema.ROW` describes, or `Red`.
+What a row comes to is a dict as `schema.ROW` describes (`schema.WORKLOAD` with its costs), or `Red`.
 """
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 
 import torch
 
-from benchmarks import limits, schema, timing, verify
+from benchmarks import costs, feed, limits, schema, timing, verify
 from benchmarks.case import Batch, Case
 from benchmarks.cases import CASES
-from benchmarks.rival import Rival, Running
+from benchmarks.rival import Cannot, Rival, Running
 from benchmarks.rivals import RIVALS
 from memberwise import StackWarning
 
@@ -26,7 +29,12 @@ class Red(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure. `exact` adds the check in float64, which needs to be done for one thread count only."""
+    """What to measure. `exact` adds the check in float64, which needs to be done for one thread count only.
+
+    With `costs` a row holds memory, kernels and the floor too, and a rival that is wrong is a line of it, without a
+    figure; `exact_members` is how many members are enough in float64, `memory_gib` how much the rivals that run side
+    by side may hold: ours run beside each group of the others.
+    """
 
     case: str
     members: int
@@ -37,15 +45,22 @@ class Request:
     check_steps: int = 5
     exact: bool = True
     device: str = "cpu"
+    costs: bool = False
+    exact_members: int | None = None
+    memory_gib: float | None = None
 
     @property
     def name(self) -> str:
         return f"{self.case}-{self.members}"
 
+    def steps_of(self, case: Case) -> int:
+        """How many are checked."""
+        return self.check_steps if case.steps is None else min(case.steps, self.check_steps)
+
     @property
     def longest_s(self) -> float:
         """What measuring takes at the very most; beyond it something hangs."""
-        return 60 + 2 * len(self.rivals) * (self.start_s + self.pace.budget_s)
+        return 60 + (4 if self.costs else 2) * len(self.rivals) * (self.start_s + self.pace.budget_s)
 
 
 @dataclass
@@ -57,6 +72,29 @@ class Started:
     status: str = "timed"
     why: str = ""
     start_s: float | None = None
+    checked: str = ""
+    memory_bytes: int | None = None
+    kernels: int | None = None
+    group: int = 0
+    samples: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A start of every rival and what it is compared with; `expected` is None where a rival only has to run."""
+
+    case: Case
+    dtype: torch.dtype
+    batches: list[Batch]
+    expected: verify.Trajectory
+    exact: verify.Trajectory
+    members: int
+    said: str
+    last: bool
+
+    def of(self, rival: Rival) -> bool:
+        """Whether this rival's training can be compared: its random numbers are the loop's, or there are none."""
+        return self.case.still is None or rival.draws_alone
 
 
 def measure(request: Request) -> dict[str, object]:
@@ -66,35 +104,70 @@ def measure(request: Request) -> dict[str, object]:
         torch.backends.cudnn.allow_tf32 = False  # as for matmul: float32 is checked as float32, whoever runs
     torch.set_flush_denormal(True)  # Adam's moments of a dead unit decay to denormals, slow on some processors
     case = CASES[request.case]
-    batches = [_to(batch, request.device) for batch in case.batches(request.members, request.check_steps)]
-    started = start_all(request, case, [RIVALS[name] for name in request.rivals], batches)
-    steps = {
-        each.rival.name: lambda number, step=each.running.step: step(batches[number % len(batches)])
-        for each in started
-        if each.running is not None
-    }
-    samples = timing.interleaved(steps, request.pace, finish=timing.finisher(request.device))
-    return document(request, case, started, samples)
+    batches = [_to(batch, request.device) for batch in case.batches(request.members, request.steps_of(case))]
+    checks = list(checks_of(request, case, batches))
+    started: list[Started] = []
+    gc.freeze()  # what is there already is no rival's; to look through it each time takes seconds
+    for number, group in enumerate(groups(request, case)):
+        running = start_all(request, [Started(rival, group=number) for rival in group], checks, batches)
+        clock(request, case, running, batches)
+        started += running
+        gc.collect()
+    gc.unfreeze()
+    floor = costs.floor(case, request.members, batches[0], request.device) if request.costs else None
+    return document(request, case, started, floor)
 
 
-def start_all(request: Request, case: Case, rivals: list[Rival], batches: list[Batch]) -> list[Started]:
-    """Every rival, started and checked in float32, and before that in float64 if `request.exact`."""
-    started = [Started(rival) for rival in rivals]
+def groups(request: Request, case: Case) -> list[list[Rival]]:
+    """The rivals that run side by side: all, or as many as fit into memory, ours and the one model with each group."""
+    rivals = [RIVALS[name] for name in request.rivals]
+    if request.memory_gib is None:
+        return [rivals]
+    model = case.models(1)[0]
+    one = sum(param.numel() * param.element_size() for param in model.parameters() if param.requires_grad)
+    each = request.members * one * (3 + case.recipe.passes // 2)  # parameter, gradient, moments; a copy on the way
+    always = [rival for rival in rivals if rival.ours or rival.alone]
+    others = [rival for rival in rivals if rival not in always]
+    room = max(1, int(request.memory_gib * 2**30 // each) - len(always))
+    parts = [others[begin : begin + room] for begin in range(0, len(others), room)] or [[]]
+    return [[rival for rival in rivals if rival in part or rival in always] for part in parts]
+
+
+def checks_of(request: Request, case: Case, batches: list[Batch]) -> Iterator[Check]:
+    """The last of them starts what is timed. A case that draws is checked without its draws before."""
+
+    def check(case: Case, dtype: torch.dtype, members: int, said: str, last: bool = False) -> Check:
+        mine = [batch if case.shared else tuple(part[:members] for part in batch) for batch in batches]
+        cast = {each: [_to(batch, each) for batch in mine] for each in (dtype, torch.float64)}
+        exact = verify.of_loop(case, members, cast[torch.float64], torch.float64, request.device)
+        expected = exact
+        if dtype is not torch.float64:
+            expected = verify.of_loop(case, members, cast[dtype], dtype, request.device)
+            expected = verify.Trajectory(expected.losses, expected.state, case.precision)
+        return Check(case, dtype, cast[dtype], expected, exact, members, said, last)
+
+    few = min(request.members, request.exact_members or request.members)
+    still = case.without_draws()
+    if request.exact:
+        yield check(still, torch.float64, few, "training" if still is case else "training without its draws")
+    elif still is not case:
+        yield check(still, torch.float32, few, "training without its draws")
+    yield check(case, torch.float32, request.members, "training", last=True)
+
+
+def start_all(request: Request, started: list[Started], checks: list[Check], batches: list[Batch]) -> list[Started]:
+    """Every rival, started and checked. Raises `Red` if one is wrong, or with `costs` says so in its line."""
     red = []
-    exact = verify.of_loop(
-        case, request.members, [_to(batch, torch.float64) for batch in batches], torch.float64, request.device
-    )
-    for dtype in (torch.float64, torch.float32) if request.exact else (torch.float32,):
+    for check in checks:
         torch.compiler.reset()
-        cast = [_to(batch, dtype) for batch in batches]
-        expected = (
-            exact if dtype is torch.float64 else verify.of_loop(case, request.members, cast, dtype, request.device)
-        )
         for each in started:
-            if each.status == "timed":
-                wrong = start(each, request, case, cast, expected, exact)
-                red += [f"{request.name}, {each.rival.name}, {dtype}: {line}" for line in wrong]
-    if red:
+            if each.status != "timed":
+                continue
+            wrong = start(each, request, check)
+            red += [f"{request.name}, {each.rival.name}, {check.dtype}: {line}" for line in wrong]
+            if wrong and request.costs:
+                each.status, each.why, each.running = "wrong", f"{check.said}, {check.dtype}: {wrong[0]}", None
+    if red and not request.costs:
         raise Red("\n".join(red))
     return started
 
@@ -104,33 +177,55 @@ def _to(batch: Batch, where: torch.dtype | str) -> Batch:
     return tuple(part.to(where) if isinstance(where, str) or part.is_floating_point() else part for part in batch)
 
 
-def start(
-    each: Started,
-    request: Request,
-    case: Case,
-    batches: list[Batch],
-    expected: verify.Trajectory,
-    exact: verify.Trajectory,
-) -> list[str]:
+def start(each: Started, request: Request, check: Check) -> list[str]:
     """Start one rival and train as many steps as there are batches; what its training gets wrong."""
-    dtype = expected.losses.dtype
+    if missing := [package for package in each.rival.needs if find_spec(package) is None]:
+        each.status, each.why = "left out", f"not installed: {', '.join(missing)}"
+        return []
     each.running = None
+    memory = costs.Memory(request.device) if request.costs and check.last else None
     begin = time.perf_counter()
     try:
         with limits.at_most(request.start_s), warnings.catch_warnings():
             warnings.filterwarnings("error", _EAGERLY, StackWarning)
-            running = each.rival.start(
-                case, [model.to(request.device, dtype) for model in case.models(request.members)]
-            )
-            found = verify.of_running(running, batches)
+            models = [model.to(request.device, check.dtype) for model in check.case.models(check.members)]
+            running = each.rival.start(check.case, models)
+            del models
+            found = verify.of_running(running, check.batches)
     except limits.OutOfTime:
         each.status, each.why = "cut", f"its start took more than {request.start_s:g} s"
+        return []
+    except Cannot as error:
+        each.status, each.why = "cannot", str(error)
         return []
     except Exception as error:
         each.status, each.why = "cannot", reason(error)
         return []
     each.start_s, each.running = round(time.perf_counter() - begin, 2), running
-    return verify.exactly(found, expected) if dtype is torch.float64 else verify.in_norm(found, expected, exact)
+    wrong = compared(found, each.rival, check) if check.of(each.rival) else []
+    if check.of(each.rival):
+        each.checked = check.said
+    if memory is not None and not wrong:
+        count(each, request, check, memory, found)
+    return wrong
+
+
+def compared(found: verify.Trajectory, rival: Rival, check: Check) -> list[str]:
+    expected, exact = ((each.first() if rival.alone else each) for each in (check.expected, check.exact))
+    if check.dtype is torch.float64:
+        return verify.exactly(found, expected)
+    return verify.in_norm(found, expected, exact)
+
+
+def count(each: Started, request: Request, check: Check, memory: costs.Memory, found: verify.Trajectory) -> None:
+    """Bytes and kernels of one step; what the check found goes first, for it is memory too."""
+    found.state.clear()
+    running, batch = each.running, check.batches[0]
+    if running.memory is not None:
+        each.memory_bytes = running.memory(batch)
+        return
+    each.memory_bytes = memory.peak(lambda: running.step(batch))
+    each.kernels = costs.kernels(lambda: running.step(batch), request.device)
 
 
 _EAGERLY = r"(?s).*\[MW50\d\]"
@@ -143,34 +238,70 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {re.sub(r'/[^ :]+/', '', first)}"[:200]
 
 
-def document(
-    request: Request, case: Case, started: list[Started], samples: dict[str, list[float]]
-) -> dict[str, object]:
+def clock(request: Request, case: Case, started: list[Started], batches: list[Batch]) -> None:
+    """Time all that run, side by side."""
+    data = feed.of(case, batches)
+
+    def step_of(running: Running) -> timing.Step:
+        batch, step = (running.feed or feed.in_torch)(data), running.step
+        return lambda number: step(batch(number))
+
+    running = {each.rival.name: each for each in started if each.running is not None}
+    steps = {name: step_of(each.running) for name, each in running.items()}
+    for name, samples in timing.interleaved(steps, request.pace, finish=timing.finisher(request.device)).items():
+        running[name].samples = samples
+        running[name].running = None
+
+
+def document(request: Request, case: Case, started: list[Started], floor: costs.Floor | None) -> dict[str, object]:
     """The row as a results file has it."""
-    figures = [figure(each, samples.get(each.rival.name, []), request.pace) for each in started]
-    timed = [each for each in figures if each["samples_us"]]
-    ours = {each.rival.name for each in started if each.rival.ours}
-    return {
+    figures = [(each, figure(each, request.pace)) for each in started]
+    timed = [(each, figure) for each, figure in figures if figure["samples_us"]]
+    row = {
         "row": request.name,
         "about": case.about,
         "members": request.members,
         "shared": case.shared,
         "threads": request.threads,
-        "figures": figures,
+        "figures": [figure for _, figure in figures],
         "ratios": [
             {
                 "of": mine["rival"],
                 "to": other["rival"],
                 "faster": schema.faster(mine["samples_us"], other["samples_us"]),
+                **({"group": each.group} if request.costs else {}),
             }
-            for mine in timed
-            for other in timed
-            if mine["rival"] in ours and other is not mine
+            for each, mine in timed
+            for beside, other in timed
+            if each.rival.ours and other is not mine and beside.group == each.group
         ],
     }
+    return row if floor is None else with_costs(row, request, case, [each for each, _ in figures], floor)
 
 
-def figure(each: Started, samples: list[float], pace: timing.Pace) -> dict[str, object]:
+def with_costs(
+    row: dict[str, object], request: Request, case: Case, started: list[Started], floor: costs.Floor
+) -> dict[str, object]:
+    """The same with what `schema.WORKLOAD` has more: of each rival, and of the row."""
+    for each, figure in zip(started, row["figures"], strict=True):
+        own = 1 if each.rival.alone else request.members
+        more = {
+            "group": each.group,
+            "members": own,
+            "checked": each.checked,
+            "memory_bytes": each.memory_bytes,
+            "kernels": each.kernels,
+        }
+        figure.update(more)
+    row |= {"case": case.name, "workload": case.workload, "recipe": case.recipe.about if case.trains else "prediction"}
+    row["steps"] = request.steps_of(case)
+    row["floor"] = {**asdict(floor), "us": floor.us, "binding": floor.binding}
+    schema.derive(row)
+    return row
+
+
+def figure(each: Started, pace: timing.Pace) -> dict[str, object]:
+    samples = each.samples
     microseconds = [round(1e6 * sample, 2) for sample in samples]
     if each.status == "timed" and len(samples) < pace.rounds:
         each.status, each.why = "cut", f"{len(samples)} of {pace.rounds} rounds in {pace.budget_s:g} s"

@@ -1,4 +1,4 @@
-"""The table: every case against every rival, checked, timed and written down.
+"""The first table: its cases against its rivals, checked, timed and written down.
 
 python -m benchmarks.run                     all rows, into results/table.json
 python -m benchmarks.run 'mlp-*' lstm-16     some rows, printed only
@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine, row, schema, summary, timing, worker
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, FIRST
+from benchmarks.rivals import FIRST as FIRST_RIVALS
 from benchmarks.rivals import RIVALS
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,8 +32,10 @@ Measure = Callable[[row.Request], dict[str, object]]
 def options_of(argv: list[str] | None) -> argparse.Namespace:
     pace = timing.Pace()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="names or patterns, e.g. 'mlp-*'; all if none")
-    parser.add_argument("--rivals", nargs="+", default=["*"], metavar="RIVAL", help="names or patterns")
+    parser.add_argument(
+        "rows", nargs="*", metavar="ROW", help="names or patterns, e.g. 'mlp-*'; the first table's if none"
+    )
+    parser.add_argument("--rivals", nargs="+", metavar="RIVAL", help="names or patterns; the first table's if none")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: results/table-cuda.json, one thread")
     parser.add_argument("--threads", nargs="+", type=int, help="on a CPU 1 and 2, if none are named")
     parser.add_argument("--rounds", type=int, default=pace.rounds)
@@ -45,7 +48,7 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     on_cpu = options.device == "cpu"
     options.threads = options.threads or ([1, 2] if on_cpu else [1])
-    if options.out is None and not options.rows and options.rivals == ["*"]:
+    if options.out is None and not options.rows and options.rivals is None:
         options.out = RESULTS / ("table.json" if on_cpu else f"table-{options.device}.json")
     return options
 
@@ -60,12 +63,13 @@ def matching(names: list[str], patterns: list[str]) -> list[str]:
 
 def requests_of(options: argparse.Namespace) -> list[row.Request]:
     """One for each row and thread count."""
-    rows = {f"{case.name}-{members}": (case.name, members) for case in CASES.values() for members in case.members}
+    cases = CASES.values() if options.rows else FIRST
+    rows = {f"{case.name}-{members}": (case.name, members) for case in cases for members in case.members}
     return [
         row.Request(
             *rows[name],
             threads=threads,
-            rivals=tuple(matching(list(RIVALS), options.rivals)),
+            rivals=tuple(matching(list(RIVALS), options.rivals or list(FIRST_RIVALS))),
             pace=timing.Pace(options.rounds, options.block, options.budget),
             start_s=options.start,
             check_steps=options.steps,

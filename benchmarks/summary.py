@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,6 +52,99 @@ def overhead(document: dict[str, Any]) -> Cells:
     ]
 
 
+AGAINST = (
+    (("loop", "loop compiled"), "loop, eager or compiled"),
+    (("torch.vmap", "torch.vmap compiled"), "torch.vmap"),
+    (("folded by hand",), "folded by hand"),
+    (("tensordict",), "tensordict"),
+    (("JAX",), "JAX"),
+    (("loop in a CUDA graph",), "loop in a CUDA graph"),
+)
+"""What the captured step is compared with on the page of workloads: families, each at its best, and the heading."""
+
+
+def against(document: dict[str, Any]) -> Cells:
+    """Of the workloads: how many times as fast the captured step is as each family at its best."""
+    heading = ["captured, times as fast", "threads", *(heading for _, heading in AGAINST)]
+    lines = [
+        [row["row"], str(row["threads"]), *(_best(row, families) for families, _ in AGAINST)] for row in _rows(document)
+    ]
+    return [heading, *lines, ["geometric mean", "", *(_mean(document, families) for families, _ in AGAINST)]]
+
+
+def _rows(document: dict[str, Any]) -> list[Row]:
+    return document["rows"]
+
+
+def _best(row: Row, families: tuple[str, ...]) -> str:
+    ratio = least(row, families)
+    return verdict(ratio) if ratio else ""
+
+
+def _mean(document: dict[str, Any], families: tuple[str, ...]) -> str:
+    found = [ratio["median"] for row in _rows(document) if (ratio := least(row, families))]
+    return f"{math.exp(sum(map(math.log, found)) / len(found)):.2f}" if found else ""
+
+
+def least(row: Row, families: tuple[str, ...], of: str = "memberwise captured") -> dict[str, float] | None:
+    """The ratio of ours to the fastest rival of these families; None without figures."""
+    family = {figure["rival"]: figure["family"] for figure in row["figures"]}
+    found = [
+        ratio["faster"] for ratio in row["ratios"] if family[ratio["of"]] == of and family[ratio["to"]] in families
+    ]
+    return min(found, key=lambda faster: faster["median"], default=None)
+
+
+def costs(document: dict[str, Any]) -> Cells:
+    """Of the workloads: what each rival's step costs besides, one line a row and rival that was timed."""
+    heading = ["row", "rival", "member-steps a second", "times one model", "floor reached", "kernels", "MiB a member"]
+    lines = [[*heading, "compile s", "checked"]]
+    for row in _rows(document):
+        for figure in row["figures"]:
+            if figure["us"] and figure["group"] == _first_group(row, figure):
+                lines.append([f"{row['row']} ({_threads(row)})", figure["rival"], *_costs(figure)])
+    return lines
+
+
+def _first_group(row: Row, figure: Figure) -> int:
+    return min(each["group"] for each in row["figures"] if each["rival"] == figure["rival"] and each["us"])
+
+
+def _costs(figure: Figure) -> Iterator[str]:
+    yield f"{figure['member_steps_per_s']:.4g}"
+    yield f"{figure['over_one']['median']:.2f}" if figure["over_one"] else ""
+    yield f"{100 * figure['share_of_floor']:.0f}%"
+    yield "" if figure["kernels"] is None else str(figure["kernels"])
+    size = figure["memory_bytes"]
+    yield "" if size is None else f"{size / figure['members'] / 2**20:.2f}"
+    yield f"{figure['compile_s']:.1f}"
+    yield figure["checked"] or "ran"
+
+
+def even(document: dict[str, Any]) -> Cells:
+    """Of the workloads: from which M on the captured step is as fast as each family."""
+    families = [family for families, _ in AGAINST for family in families]
+    found = {
+        (each["case"], each["threads"], each["to"]): each["members"]
+        for each in document["break_even"]
+        if each["of"] == "memberwise-captured"
+    }
+    lines = dict.fromkeys((case, threads) for case, threads, _ in found)
+    return [
+        ["break-even M of those measured", "threads", *families],
+        *(
+            [case, str(threads), *(_members(found, (case, threads, family)) for family in families)]
+            for case, threads in lines
+        ),
+    ]
+
+
+def _members(found: dict[Any, int | None], key: tuple[str, int, str]) -> str:
+    if key not in found:
+        return ""
+    return "none" if found[key] is None else str(found[key])
+
+
 def notes(document: dict[str, Any]) -> list[str]:
     """Every figure that is missing or was cut, and why; one line for each rival and reason."""
     rows: dict[tuple[str, str, str], list[str]] = {}
@@ -65,7 +159,8 @@ def notes(document: dict[str, Any]) -> list[str]:
 def origin(document: dict[str, Any]) -> str:
     """What was measured, where and when, in one paragraph."""
     machine, versions = document["machine"], document["versions"]
-    what = _OVERHEAD if document["kind"] == "overhead" else _TABLE.format(document["settings"]["rounds"])
+    kinds = {"overhead": _OVERHEAD, "table": _TABLE, "workloads": _WORKLOADS}
+    what = kinds[document["kind"]].format(document.get("settings", {}).get("rounds"))
     place = machine["accelerator"] or f"{machine['processor']}, {machine['cores']} cores"
     where = f"{place}, torch {versions['torch']}"
     return f"{what} {where}, commit {versions['commit']}, {document['date']}."
@@ -75,6 +170,13 @@ _TABLE = (
     "Milliseconds a step of all members (zero_grad, forward, backward, Adam): the median of at most {} interleaved "
     "rounds. A column is the fastest of its family's rivals in that row. Times as fast: medians over neighbouring "
     "rounds, with their 95% interval; above 1 Memberwise is ahead."
+)
+_WORKLOADS = (
+    "Milliseconds a step of all members (data indexing, zero_grad, forward, backward, clipping, optimizer; or one "
+    "prediction): the median of at most {} interleaved rounds. A column is the fastest of its family's rivals in that "
+    "row. Times as fast: medians over neighbouring rounds, with their 95% interval; above 1 Memberwise is ahead. The "
+    "floor is the operations at the rate of a large product, or the bytes at that of a large copy, both measured with "
+    "the row. Rivals whose members draw other random numbers than each alone are checked without draws."
 )
 _OVERHEAD = (
     "Microseconds an operation on 8 x 8 tensors, four members, in a chain inside one call, one thread: what Python "

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.case import Batch, Case
-from benchmarks.rival import LR, Running
+from benchmarks.case import Batch, Case, watched
+from benchmarks.rival import Running
 from memberwise.testing.tolerance import tolerance
 
 SHOWN = 5
@@ -28,27 +28,54 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What N training steps of M members left: losses (N, M), and parameters and buffers, each (M, ...)."""
+    """What N training steps of M members left: losses (N, M), and parameters and buffers, each (M, ...).
+
+    Of predictions, `losses` are what they gave, (N, M, ...). `precision` is the dtype that the table of tolerances is
+    asked for, where autocast computed in another than the tensors have.
+    """
 
     losses: Tensor
     state: dict[str, Tensor]
+    precision: torch.dtype | None = None
+
+    def first(self) -> Trajectory:
+        """Of the first member alone."""
+        return Trajectory(self.losses[:, :1], {name: value[:1] for name, value in self.state.items()}, self.precision)
 
 
 def of_loop(case: Case, members: int, batches: list[Batch], dtype: torch.dtype, device: str = "cpu") -> Trajectory:
-    """The reference: each member alone, in plain PyTorch, as its user would train it."""
-    losses = torch.zeros(len(batches), members, dtype=dtype, device=device)
-    states = []
-    for member, model in enumerate(case.models(members)):
-        model.to(device, dtype)
-        optimizer = torch.optim.Adam(model.parameters(), lr=LR)
-        for number, batch in enumerate(batches):
-            optimizer.zero_grad()
-            loss = case.loss(model, *case.of_member(batch, member))
-            loss.backward()
-            optimizer.step()
-            losses[number, member] = loss.detach()
-        states.append(model.state_dict())
-    return Trajectory(losses, {name: torch.stack([state[name] for state in states]) for name in states[0]})
+    """The reference: each member alone, in plain PyTorch, as its user would train it, with its own random numbers."""
+    runs = []
+    with torch.random.fork_rng(devices=[]):
+        part = case.part()
+        for member in range(members):
+            model = case.member(member, part).to(device, dtype)
+            own = [case.of_member(batch, member) for batch in batches]
+            runs.append((_train if case.trains else _predict)(case, model, own))
+    losses = torch.stack([torch.stack(each) for each, _ in runs], dim=1)
+    return Trajectory(losses, {name: torch.stack([state[name] for _, state in runs]) for name in runs[0][1]})
+
+
+def _train(case: Case, model: nn.Module, batches: list[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The losses, and what is left of one member."""
+    trained = [param for param in model.parameters() if param.requires_grad]
+    optimizer = case.recipe.of_torch(trained)
+    losses = []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = case.loss(model, *batch)
+        loss.backward()
+        if case.recipe.clip is not None:
+            torch.nn.utils.clip_grad_norm_(trained, case.recipe.clip)
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses, {name: value.detach() for name, value in watched(model).items()}
+
+
+def _predict(case: Case, model: nn.Module, batches: list[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    with torch.no_grad():
+        outputs = [case.loss(model, *batch) for batch in batches]
+    return outputs, {name: value.detach() for name, value in watched(model).items()}
 
 
 def of_running(running: Running, batches: list[Batch]) -> Trajectory:
@@ -71,6 +98,8 @@ def in_norm(found: Trajectory, expected: Trajectory, exact: Trajectory) -> list[
     if kinds[0] != kinds[1]:
         return _report(found, expected, expected, _of_elements)
     names = [name for name, value in expected.state.items() if value.is_floating_point()]
+    if not names:
+        return _report(found, expected, exact, _of_elements)
     furthest = max(names, key=lambda name: (found.state[name] - expected.state[name]).square().mean().item())
     label = f"all parameters and buffers, {furthest} most of all"
     joined = [_joined(these, names, label) for these in (found, expected, exact)]
@@ -83,7 +112,7 @@ def _joined(these: Trajectory, names: list[str], label: str) -> Trajectory:
     parts = [
         these.state[name].flatten(1) if these.state[name].ndim > 1 else these.state[name][:, None] for name in names
     ]
-    return Trajectory(these.losses, {**rest, label: torch.cat(parts, 1)})
+    return Trajectory(these.losses, {**rest, label: torch.cat(parts, 1)}, these.precision)
 
 
 def _of_elements(value: Tensor) -> Tensor:
@@ -108,21 +137,31 @@ def _differences(
 ) -> Iterator[str]:
     """The first step whose losses are wrong, then every tensor that is."""
     for step, losses in enumerate(zip(found.losses, expected.losses, exact.losses, strict=True)):
-        if line := _of_tensor(f"loss of step {step}", *losses, _of_elements):
+        if line := _of_tensor(f"loss of step {step}", *losses, _of_elements, expected.precision):
             yield line
             break
     if unmatched := expected.state.keys() ^ found.state.keys():
         yield f"parameters or buffers on one side only: {', '.join(sorted(unmatched))}"
     for name, alone in expected.state.items():
-        if name in found.state and (line := _of_tensor(name, found.state[name], alone, exact.state[name], size)):
+        if name not in found.state:
+            continue
+        if line := _of_tensor(name, found.state[name], alone, exact.state[name], size, expected.precision):
             yield line
 
 
-def _of_tensor(name: str, mine: Tensor, alone: Tensor, exact: Tensor, size: Callable[[Tensor], Tensor]) -> str | None:
+def _of_tensor(
+    name: str,
+    mine: Tensor,
+    alone: Tensor,
+    exact: Tensor,
+    size: Callable[[Tensor], Tensor],
+    precision: torch.dtype | None,
+) -> str | None:
     """Which members' parts of a tensor, (M, ...), lie further off than the table allows, in one line."""
     if (mine.shape, mine.dtype) != (alone.shape, alone.dtype):
         return f"{name}: {tuple(mine.shape)} {mine.dtype} where the loop has {tuple(alone.shape)} {alone.dtype}"
-    rtol, atol = tolerance(alone.dtype)
+    coarse = precision is not None and alone.is_floating_point()
+    rtol, atol = tolerance(precision if coarse else alone.dtype)
     off, allowed = size(mine - alone), atol + rtol * size(alone)
     if alone.is_floating_point():
         allowed = allowed + 2 * size(alone - exact.to(alone.dtype))

@@ -20,7 +20,10 @@ def measure(request: row.Request) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "row.json")
         command = (sys.executable, "-W", "ignore", "-m", "benchmarks.worker", json.dumps(asdict(request)), str(answer))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(request.threads)}
+        environment = {**os.environ, **limited_to(request.threads)}
+        if request.costs:
+            environment |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_CPP_ENABLE_KERNEL_PROFILE": "1"}
+            environment |= {"KINETO_LOG_LEVEL": "99"}  # the profiler says when it starts
         where = f"{request.name}, {request.threads} threads"
         try:
             done = subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=request.longest_s)
@@ -32,6 +35,14 @@ def measure(request: row.Request) -> dict[str, Any]:
     if "red" in told:
         raise row.Red(told["red"])
     return told
+
+
+def limited_to(threads: int) -> dict[str, str]:
+    """The environment in which each library uses so many: JAX knows only one or all that there are."""
+    found = {"OMP_NUM_THREADS": str(threads)}
+    if threads == 1:
+        found["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    return found
 
 
 def main(asked: str, answer: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import folded
 from benchmarks.case import Batch, Case
 
 VOCABULARY = 64
@@ -84,6 +85,10 @@ def case(width: int, layers: int, size: int, time: int, members: tuple[int, ...]
         loss,
         members=members,
         shared=False,
+        workload="W8",
+        objective="cross_entropy",
+        folded=folded.transformer,
+        in_jax="transformer",
     )
 
 

@@ -13,4 +13,5 @@ RIVAL = Rival(
     "memberwise captured",
     "the same step through memberwise.compile",
     partial(memberwise_eager.start, capture=memberwise.compile),
+    draws_alone=True,
 )

@@ -7,18 +7,18 @@ writes buffers in place (BatchNorm), which functorch's grad refuses.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad_and_value
 
-from benchmarks.rival import Rival
+from benchmarks.case import Case
+from benchmarks.rival import Cannot, Rival, Running
 from benchmarks.rivals import vmap_compiled
 
 
-def of_sum(loss_of_one: Callable[..., Tensor], in_dims: tuple) -> Callable[..., tuple]:
-    losses_of_all = torch.vmap(loss_of_one, in_dims)
+def of_sum(loss_of_one: Callable[..., Tensor], in_dims: tuple, randomness: str) -> Callable[..., tuple]:
+    losses_of_all = torch.vmap(loss_of_one, in_dims, randomness=randomness)
 
     def summed(*args):
         losses = losses_of_all(*args)
@@ -31,9 +31,15 @@ def of_sum(loss_of_one: Callable[..., Tensor], in_dims: tuple) -> Callable[..., 
     return grads_and_losses
 
 
+def start(case: Case, models: list[nn.Module]) -> Running:
+    if not case.trains:
+        raise Cannot("a prediction has no gradient: it is the compiled torch.vmap")
+    return vmap_compiled.start(case, models, differentiate=of_sum)
+
+
 RIVAL = Rival(
     "vmap-sum-compiled",
     "torch.vmap compiled",
     "torch.compile of the step, grad of the summed losses of vmap",
-    partial(vmap_compiled.start, differentiate=of_sum),
+    start,
 )
