@@ -1,4 +1,5 @@
-"""Operations on matrices that torch runs for any leading dimensions at once, and has no batching rule for."""
+"""Operations on matrices that torch runs for any leading dimensions at once, and has no batching rule for, or a wrong
+one: that of `solve` sets the members of a right-hand side against the first of a member's own leading dimensions."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 
 from memberwise.engine.signals import Decline
-from memberwise.rules.axis import expanded
+from memberwise.rules.axis import aligned, expanded, lift, member_ndim
 from memberwise.rules.registry import register_rule
 
 _aten = torch.ops.aten
@@ -36,3 +37,38 @@ def _leading(call: Any, ranks: tuple[int, ...]) -> Any:
 
 for _op, _ranks in RANKS.items():
     register_rule(_op, _leading(_op, _ranks))
+
+
+def _is_vector(a: Any, b: Any) -> bool:
+    """Whether a right-hand side of these shapes is a vector, or a batch of such, as `torch.linalg.solve` tells."""
+    return len(b) == 1 or (len(a) - 1 == len(b) and a[:-1] == b)
+
+
+@register_rule(_aten._linalg_solve_ex.default)
+def linalg_solve_ex(info: Any, in_dims: Any, a: torch.Tensor, b: torch.Tensor, **options: Any) -> Any:
+    """Matrices and right-hand sides brought to as many leading dimensions."""
+    size, lead = info.batch_size, a.shape[:-2]
+    own_a, own_b = (value.shape[dim is not None :] for value, dim in zip((a, b), in_dims, strict=True))
+    if _is_vector(own_a, own_b):
+        a = expanded(a, in_dims[0], size)
+        b = lift(expanded(b, in_dims[1], size), len(own_a) - 1).expand(size, *own_a[:-1])
+        out, *factors = _aten._linalg_solve_ex.default(a, b, **options)
+        return (out.contiguous() if len(own_a) == 2 else out, *factors), 0
+    # with a dimension for the members in any case, or the right-hand sides might be taken for vectors
+    wide_a, wide_b = aligned((a, b if in_dims[1] == 0 else b[None]), (in_dims[0], 0))
+    out, *factors = _aten._linalg_solve_ex.default(wide_a, wide_b, **options)
+    factors = [factor.reshape([*lead, *factor.shape[wide_a.ndim - 2 :]]) for factor in factors]
+    return (out, *factors), (0, *[in_dims[0]] * 3)
+
+
+@register_rule(_aten.linalg_lu_solve.default)
+def linalg_lu_solve(
+    info: Any, in_dims: Any, factors: torch.Tensor, pivots: torch.Tensor, b: torch.Tensor, **options: Any
+) -> Any:
+    """As `linalg_solve_ex`; in full, as torch's kernel takes wrong factors where it has to repeat some."""
+    ndim = max(member_ndim(factors, in_dims[0]), member_ndim(b, in_dims[2]))
+    values = zip((factors, pivots, b), (ndim, ndim - 1, ndim), in_dims, strict=True)
+    factors, pivots, b = (lift(expanded(value, dim, info.batch_size), rank) for value, rank, dim in values)
+    lead = torch.broadcast_shapes(factors.shape[:-2], b.shape[:-2])
+    factors, pivots = factors.expand(*lead, *factors.shape[-2:]), pivots.expand(*lead, *pivots.shape[-1:])
+    return _aten.linalg_lu_solve.default(factors, pivots, b, **options), 0
