@@ -33,7 +33,7 @@ class Request:
 
     With `costs` a row holds memory, kernels and the floor too, and a rival that is wrong is a line of it, without a
     figure; `exact_members` is how many members are enough in float64, `memory_gib` how much the rivals that run side
-    by side may hold: ours run beside each group of the others.
+    by side may hold: ours run beside each group of the others. After `row_s` seconds no other rival is started.
     """
 
     case: str
@@ -48,6 +48,7 @@ class Request:
     costs: bool = False
     exact_members: int | None = None
     memory_gib: float | None = None
+    row_s: float | None = None
 
     @property
     def name(self) -> str:
@@ -81,7 +82,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Check:
-    """A start of every rival and what it is compared with; `expected` is None where a rival only has to run."""
+    """A start of every rival and what it is compared with; the `last` starts what is counted and timed."""
 
     case: Case
     dtype: torch.dtype
@@ -91,6 +92,10 @@ class Check:
     members: int
     said: str
     last: bool
+
+    def again(self, each: Started) -> bool:
+        """Whether a rival beside a later group has been through this one already."""
+        return each.group > 0 and not self.last and (each.rival.ours or each.rival.alone)
 
     def of(self, rival: Rival) -> bool:
         """Whether this rival's training can be compared: its random numbers are the loop's, or there are none."""
@@ -107,9 +112,10 @@ def measure(request: Request) -> dict[str, object]:
     batches = [_to(batch, request.device) for batch in case.batches(request.members, request.steps_of(case))]
     checks = list(checks_of(request, case, batches))
     started: list[Started] = []
+    begin = time.perf_counter()
     gc.freeze()  # what is there already is no rival's; to look through it each time takes seconds
     for number, group in enumerate(groups(request, case)):
-        running = start_all(request, [Started(rival, group=number) for rival in group], checks, batches)
+        running = start_all(request, [Started(rival, group=number) for rival in group], checks, begin)
         clock(request, case, running, batches)
         started += running
         gc.collect()
@@ -155,13 +161,20 @@ def checks_of(request: Request, case: Case, batches: list[Batch]) -> Iterator[Ch
     yield check(case, torch.float32, request.members, "training", last=True)
 
 
-def start_all(request: Request, started: list[Started], checks: list[Check], batches: list[Batch]) -> list[Started]:
-    """Every rival, started and checked. Raises `Red` if one is wrong, or with `costs` says so in its line."""
+def start_all(request: Request, started: list[Started], checks: list[Check], begin: float) -> list[Started]:
+    """Every rival, started and checked. Raises `Red` if one is wrong, or with `costs` says so in its line.
+
+    `begin` is when the row began: once its time is spent, the rivals that are left are cut, but for ours.
+    """
     red = []
     for check in checks:
         torch.compiler.reset()
         for each in started:
-            if each.status != "timed":
+            if each.status != "timed" or check.again(each):
+                continue
+            spent = request.row_s is not None and time.perf_counter() - begin > request.row_s
+            if spent and not (each.rival.ours or each.rival.alone):
+                each.status, each.why, each.running = "cut", f"the row's {request.row_s:g} s were spent before it", None
                 continue
             wrong = start(each, request, check)
             red += [f"{request.name}, {each.rival.name}, {check.dtype}: {line}" for line in wrong]

@@ -109,7 +109,7 @@ DOCUMENTS = {
     "workloads": {
         **HEAD,
         "versions": {**VERSIONS, "jax": str, "tensordict": str},
-        "settings": {**SETTINGS, "exact_members": int, "memory_gib": NUMBER},
+        "settings": {**SETTINGS, "exact_members": int, "memory_gib": NUMBER, "row_s": NUMBER},
         "rows": [WORKLOAD],
         "break_even": [BREAK_EVEN],
     },

@@ -96,29 +96,38 @@ def least(row: Row, families: tuple[str, ...], of: str = "memberwise captured") 
 
 
 def costs(document: dict[str, Any]) -> Cells:
-    """Of the workloads: what each rival's step costs besides, one line a row and rival that was timed."""
-    heading = ["row", "rival", "member-steps a second", "times one model", "floor reached", "kernels", "MiB a member"]
-    lines = [[*heading, "compile s", "checked"]]
+    """Of the workloads: all that is known of each rival, one line a row and rival."""
+    heading = ["row", "rival", "ms a step", "captured, times as fast", "times one model", "member-steps a second"]
+    lines = [[*heading, "floor reached", "kernels", "MiB a member", "compile s", "checked"]]
     for row in _rows(document):
+        seen: dict[str, Figure] = {}
         for figure in row["figures"]:
-            if figure["us"] and figure["group"] == _first_group(row, figure):
-                lines.append([f"{row['row']} ({_threads(row)})", figure["rival"], *_costs(figure)])
+            if figure["us"] or figure["rival"] not in seen:
+                seen.setdefault(figure["rival"], figure)
+        lines += [[f"{row['row']} ({_threads(row)})", *_costs(row, figure)] for figure in seen.values()]
     return lines
 
 
-def _first_group(row: Row, figure: Figure) -> int:
-    return min(each["group"] for each in row["figures"] if each["rival"] == figure["rival"] and each["us"])
-
-
-def _costs(figure: Figure) -> Iterator[str]:
-    yield f"{figure['member_steps_per_s']:.4g}"
-    yield f"{figure['over_one']['median']:.2f}" if figure["over_one"] else ""
-    yield f"{100 * figure['share_of_floor']:.0f}%"
-    yield "" if figure["kernels"] is None else str(figure["kernels"])
+def _costs(row: Row, figure: Figure) -> list[str]:
+    if not figure["us"]:
+        return [figure["rival"], figure["status"], *[""] * 8]
+    faster = [ratio["faster"] for ratio in row["ratios"] if (ratio["of"], ratio["to"]) == (_CAPTURED, figure["rival"])]
     size = figure["memory_bytes"]
-    yield "" if size is None else f"{size / figure['members'] / 2**20:.2f}"
-    yield f"{figure['compile_s']:.1f}"
-    yield figure["checked"] or "ran"
+    return [
+        figure["rival"],
+        milliseconds(figure["us"]["median"]) + " (cut)" * (figure["status"] == "cut"),
+        verdict(faster[0]) if faster else "",
+        f"{figure['over_one']['median']:.2f}" if figure["over_one"] else "",
+        f"{figure['member_steps_per_s']:.4g}",
+        f"{100 * figure['share_of_floor']:.0f}%",
+        "" if figure["kernels"] is None else str(figure["kernels"]),
+        "" if size is None else f"{size / figure['members'] / 2**20:.2f}",
+        f"{figure['compile_s']:.1f}",
+        figure["checked"] or "ran",
+    ]
+
+
+_CAPTURED = "memberwise-captured"
 
 
 def even(document: dict[str, Any]) -> Cells:
@@ -127,7 +136,7 @@ def even(document: dict[str, Any]) -> Cells:
     found = {
         (each["case"], each["threads"], each["to"]): each["members"]
         for each in document["break_even"]
-        if each["of"] == "memberwise-captured"
+        if each["of"] == _CAPTURED
     }
     lines = dict.fromkeys((case, threads) for case, threads, _ in found)
     return [

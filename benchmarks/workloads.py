@@ -38,6 +38,7 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=row.Request.check_steps, help="steps that are checked, at most")
     parser.add_argument("--exact", action=argparse.BooleanOptionalAction, default=True, help="check in float64 as well")
     parser.add_argument("--memory", type=float, default=6.0, help="GiB that rivals side by side may hold")
+    parser.add_argument("--row", type=float, default=2400.0, help="seconds of a row, after which no rival is started")
     parser.add_argument("--members", type=int, help="only rows with at most so many members")
     parser.add_argument("--resume", action="store_true", help="keep the rows of the file that are measured already")
     parser.add_argument("--out", type=Path, help="the results file; without ROWs or RIVALs results/workloads.json")
@@ -71,6 +72,7 @@ def requests_of(options: argparse.Namespace) -> list[row.Request]:
             costs=True,
             exact_members=EXACT_MEMBERS,
             memory_gib=options.memory,
+            row_s=options.row,
         )
         for name, (case, members) in rows.items()
         if not options.rows or any(fnmatch.filter(names[name], pattern) for pattern in options.rows)
@@ -85,7 +87,12 @@ EXACT_MEMBERS = 3
 
 def document_of(options: argparse.Namespace, rows: list[dict[str, Any]], before: dict[str, Any]) -> dict[str, Any]:
     document = run.document_of(options, rows, before)
-    settings = {**document["settings"], "exact_members": EXACT_MEMBERS, "memory_gib": options.memory}
+    settings = {
+        **document["settings"],
+        "exact_members": EXACT_MEMBERS,
+        "memory_gib": options.memory,
+        "row_s": options.row,
+    }
     more = {"kind": "workloads", "settings": settings, "break_even": schema.break_even(rows)}
     return {**document, **more, "versions": machine.versions(("jax", "tensordict"))}
 
@@ -134,7 +141,7 @@ def wrong_in(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def show(document: dict[str, Any], console: Console) -> None:
-    for cells in (summary.times(document), summary.against(document), summary.costs(document), summary.even(document)):
+    for cells in (summary.costs(document), summary.even(document)):
         run.print_cells(cells, console)
     console.print(summary.origin(document), *summary.notes(document), sep="\n", highlight=False, soft_wrap=True)
 

@@ -163,6 +163,14 @@ def test_rivals_that_do_not_fit_side_by_side_run_in_groups_with_ours_in_each(put
     assert "| tiny-3 (1 thread) | vmap |" in render.markdown(document_of(measured))
 
 
+def test_a_row_whose_time_is_spent_starts_no_rival_but_ours(put: Callable[[Case], None]) -> None:
+    put(TRAINS)
+    measured = row.measure(ask("one", "loop", "memberwise", row_s=0.0, exact=False))
+    assert [figure["status"] for figure in measured["figures"]] == ["timed", "cut", "timed"]
+    assert measured["figures"][1]["why"] == "the row's 0 s were spent before it"
+    assert schema.problems(document_of(measured)) == []
+
+
 # What a step is made of
 
 
