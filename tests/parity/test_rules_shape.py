@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 
 import memberwise
+from memberwise.engine import trace
+from tests.parity.loops import check, numbers
 from tests.parity.rule_case import RuleCase, case, of
 
 _aten = torch.ops.aten
@@ -71,6 +76,32 @@ ALONE = {
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_rule(case: RuleCase) -> None:
     case.check()
+
+
+def half_rotated(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([-x[..., 2:], x[..., :2]], -1)
+
+
+def test_heads_that_were_transposed_are_joined_by_the_rule() -> None:
+    """They are four dimensions, and lie in another order, as images with their channels innermost do."""
+    with trace.recording() as record:
+        check(lambda x: half_rotated(x.transpose(1, 2)), numbers(3, 2, 5, 3, 4))
+    assert ("aten::cat", "rule") in {(entry.op, entry.path) for entry in record.entries.values()}
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2, 2), (2, 1, 2, 3), (2, 3, 2, 1)], ids=str)
+def test_what_is_joined_lies_as_alone(shape: tuple[int, ...]) -> None:
+    for order in itertools.permutations(range(4)):
+        seen = []
+
+        def joined(x: torch.Tensor, order: tuple[int, ...] = order, seen: list[Any] = seen) -> torch.Tensor:
+            out = torch.cat([x.permute(order)] * 2, 1)
+            seen.append(out.stride())
+            return out
+
+        x = of(3, *shape)
+        assert torch.equal(memberwise.vmap(joined)(x), torch.stack([joined(row) for row in x]))
+        assert len(set(seen)) == 1, (order, seen)
 
 
 def test_empty_memory_has_the_strides_that_were_asked_for() -> None:

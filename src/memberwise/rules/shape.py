@@ -147,6 +147,14 @@ def unbind(info: Any, in_dims: Any, x: torch.Tensor, dim: int = 0) -> Any:
 _IN_ORDER = Decline("memory in channels_last order, in which the result lies alone")
 
 
+def _may_be_channels_last(x: torch.Tensor) -> bool:
+    """Whether members' parts could pass for images with their channels innermost; torch asks this first of all.
+
+    Heads that were transposed (`rotate_half` of Llama and its kin) cannot. What has one channel can, and be contiguous.
+    """
+    return x.ndim in (5, 6) and x.stride(-1) >= x.stride(2) * x.shape[2]
+
+
 @register_rule(_aten.cat.default)
 def cat(info: Any, in_dims: Any, tensors: Any, dim: int = 0) -> Any:
     """One dimension further; shared tensors are expanded. torch's old empty (0,) tensors are left out."""
@@ -154,9 +162,9 @@ def cat(info: Any, in_dims: Any, tensors: Any, dim: int = 0) -> Any:
     if any(map(is_channels_last, parts)):
         return _IN_ORDER
     parts = [part for part in parts if part.ndim != 2 or part.shape[1] != 0] or parts[:1]
-    if parts[0].ndim in (5, 6) and not all(part.is_contiguous() for part in parts):
-        return Decline("images may lie channels last, and so does their lone result")
-    return torch.cat(parts, shifted(dim, parts[0].ndim - 1)), 0
+    if any(map(_may_be_channels_last, parts)):
+        return Decline("images may lie channels last, and so does their lone result", by_member=True)
+    return torch.cat(parts, shifted(dim, parts[0].ndim - 1)).contiguous(), 0
 
 
 @register_rule(_aten._chunk_cat.default)
