@@ -130,3 +130,16 @@ def test_two_changes_at_once() -> None:
     twins.both(lambda world: world.target.__setitem__(0, torch.ones(2, dtype=torch.float64)))
     for _ in range(3):
         twins.call(torch.randn(2, 3, dtype=torch.float64))
+
+
+def test_a_frozen_parameter_that_has_a_gradient() -> None:
+    """`zero_grad` takes it away; recorded when there was one, and when there was none."""
+    twins = Twins(make)
+
+    def freeze(world: SimpleNamespace) -> None:
+        world.net[0].weight.requires_grad_(not world.net[0].weight.requires_grad)
+
+    for frozen in (False, True, True, False, True, False, False, True, True):
+        if twins.eager.net[0].weight.requires_grad is frozen:
+            twins.both(freeze)
+        twins.call(torch.randn(2, 3, dtype=torch.float64))

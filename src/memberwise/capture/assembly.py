@@ -38,7 +38,7 @@ class Before:
         self.guards = Guards(reach.rows)
         self.tensors = list({id(tensor): tensor for tensor in (*arguments.tensors, *reach.tensors)}.values())
         self.required = [tensor.requires_grad for tensor in self.tensors]
-        self.leaves = [tensor for tensor in self.tensors if tensor.requires_grad and tensor.is_leaf]
+        self.leaves = [tensor for tensor in self.tensors if tensor.is_leaf and _may_have_a_gradient(tensor)]
         self.hooks = hooks_on(self.leaves)
         self.grads = [leaf.grad for leaf in self.leaves]
 
@@ -232,6 +232,11 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.requires_grad:
         raise Refused("internal", f"a {type(tensor).__name__} that requires grad")
     return tensor.as_subclass(torch.Tensor)
+
+
+def _may_have_a_gradient(tensor: torch.Tensor) -> bool:
+    """A frozen parameter may hold one of former steps, which `zero_grad` takes away."""
+    return tensor.requires_grad or isinstance(tensor, torch.nn.Parameter) or tensor.grad is not None
 
 
 def _is_spent(tensor: torch.Tensor) -> bool:
