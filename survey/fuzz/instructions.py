@@ -298,7 +298,7 @@ VALUES: dict[str, Value] = {
     "strides": strided,
     "rows": rows,
     "tril": lambda a, b: a.tril(),
-    "kron": lambda a, b: (_small(a), torch.kron(a, b[:1]))[1],
+    "kron": lambda a, b: (_small(a), torch.kron(a.clone(), b[:1].clone()))[1],  # it keeps memory uncounted
     # views
     "transpose": lambda a, b: a.transpose(0, -1),
     "permute": lambda a, b: a.permute(*reversed(range(a.ndim))),
