@@ -116,7 +116,7 @@ def _costs(row: Row, figure: Figure) -> list[str]:
     return [
         figure["rival"],
         milliseconds(figure["us"]["median"]) + " (cut)" * (figure["status"] == "cut"),
-        verdict(faster[0]) if faster else "",
+        verdict(faster[0]) if faster and figure["family"] != _ONE else "",
         f"{figure['over_one']['median']:.2f}" if figure["over_one"] else "",
         f"{figure['member_steps_per_s']:.4g}",
         f"{100 * figure['share_of_floor']:.0f}%",
@@ -127,7 +127,7 @@ def _costs(row: Row, figure: Figure) -> list[str]:
     ]
 
 
-_CAPTURED = "memberwise-captured"
+_CAPTURED, _ONE = "memberwise-captured", "one model"
 
 
 def even(document: dict[str, Any]) -> Cells:

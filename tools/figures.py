@@ -3,7 +3,7 @@
     make readme
 
 `demo-output/digits.json`, if it is there, becomes `benchmarks/results/digits.json`, which is committed. README.md gets
-the demo's figures and the ratios of the benchmark's table, docs/benchmarks.md the whole of both tables. What has no
+the demo's figures and the ratios of the benchmark's table, docs/benchmarks.md the whole of all tables. What has no
 results file keeps its words.
 """
 
@@ -90,9 +90,10 @@ def main() -> None:
     """Fill both pages."""
     if (fresh := ROOT / "demo-output" / "digits.json").exists():
         shutil.copy(fresh, RESULTS / "digits.json")
-    found, table, overhead = read("digits.json"), read("table.json"), read("overhead.json")
+    found, table, overhead, workloads = map(read, ("digits.json", "table.json", "overhead.json", "workloads.json"))
     fill(ROOT / "README.md", {"demo": found and demo(found), "table": table and ratios(table)})
-    whole = {"benchmarks": table and render.markdown(table), "overhead": overhead and render.markdown(overhead)}
+    files = {"benchmarks": table, "workloads": workloads, "overhead": overhead}
+    whole = {mark: document and render.markdown(document) for mark, document in files.items()}
     fill(ROOT / "docs" / "benchmarks.md", whole)
 
 
