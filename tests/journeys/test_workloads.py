@@ -133,6 +133,9 @@ def test_a_stack_that_draws_as_no_member_would_is_wrong(
     for name, start in {"strange": strange, "stale": stale}.items():
         rival = Rival(name, name, "", start, draws_alone=True)
         monkeypatch.setitem(RIVALS, name, rival)
+    one, other = (verify.of_loop(DRAWS, M, DRAWS.batches(M, 1), dtype=torch.float32) for _ in range(2))
+    assert verify.drew_alike(one, other)
+    assert not verify.drew_alike(one, verify.of_loop(TRAINS, M, TRAINS.batches(M, 1), dtype=torch.float32))
     sound, stale_figure = row.measure(ask("strange", "stale", exact=False))["figures"]
     assert sound["status"] == "timed"  # the global stream is none of a stack's business
     assert stale_figure["why"].startswith("training, torch.float32: loss of step 0: 3 of 3 members wrong")
