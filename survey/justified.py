@@ -64,9 +64,6 @@ IN_THE_PROGRAM = {
     "writes a member's value into a tensor that all members share": (
         "Alone, too, a member finds there what the one before it has written: one has to follow the other."
     ),
-    "how many there are depends on the mask": (
-        "The values are as many as a member's mask has places, which is an error to be found where they are not."
-    ),
     "has another number of rows for one member than for another": (
         "Its gradient has a row for each place of a member's mask, or different index; in backward it is too late to "
         "part ways."
@@ -79,7 +76,6 @@ IN_THE_PROGRAM = {
 """What `explain` says of any operation -> why nothing faster is right."""
 
 EXPLAINED = {
-    "linspace.tensor_overload": "Found by this run, and mended after it: it is computed in the type of the result now.",
     "nn.functional.conv_transpose3d": "Rounding: one of sums up to 839 is off by three units in the last place of the "
     "largest, for all members' channels are one convolution, which adds in another order.",
 }

@@ -3,6 +3,7 @@
     make check-operations                             an hour; each operation is recorded when it is done
     make check-operations ARGS=--resume               from where the last run of this commit stopped
     python -m survey.operations 'linalg.*' cumsum     these alone; nothing is written
+    python -m survey.operations lu_solve --again      these alone, in place of what is recorded of them
 
 Each is called out of place and in place, with all tensors stacked and with one of them stacked and the others shared;
 without gradients, where strides and aliases are looked at too, and with gradients. Beside it stands what torch.func
@@ -183,6 +184,20 @@ def swept(resume: bool, seconds: float) -> list[Record]:
     return found
 
 
+def again(chosen: Sequence[Any], seconds: float) -> list[Record]:
+    """These operations, mended since, in the place of what is recorded of them."""
+    head, before = records.read("operations")
+    found = [*chain(*_run(chosen, None, seconds))]
+    names = {name_of(op) for op in chosen}
+    kept = [record for record in before if record.name not in names]
+    order = {name_of(op): place for place, op in enumerate(TABLE)}
+    merged = sorted((*kept, *found), key=lambda record: order[record.name])
+    own = {**head.get("again", {}), **dict.fromkeys(sorted(names), machine.versions()["commit"])}
+    first = head.get("begun", head["versions"]["commit"])
+    records.write("operations", merged, members=MEMBERS, done=head["done"], of=head["of"], begun=first, again=own)
+    return found
+
+
 def _run(chosen: Sequence[Any], stop: int | None, seconds: float, details: bool = False) -> Iterator[list[Record]]:
     with Progress(auto_refresh=False) as progress:  # a thread that draws would not survive a fork
         task = progress.add_task("operations", total=len(chosen))
@@ -197,10 +212,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m survey.operations", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="names or patterns, e.g. 'linalg.*'; all if none")
     parser.add_argument("--resume", action="store_true", help="go on where the last run of this commit stopped")
+    parser.add_argument("--again", action="store_true", help="write down those named anew, mended since the last run")
     parser.add_argument("--first", type=int, help="only so many samples of each; nothing is written")
     parser.add_argument("--seconds", type=float, default=600, help="what one dtype and form of an operation may take")
     options = parser.parse_args(argv)
-    if options.names or options.first:
+    if options.again:
+        found = again([op for op in TABLE if name_of(op) in options.names], options.seconds)
+    elif options.names or options.first:
         patterns = options.names or ["*"]
         chosen = [op for op in TABLE if any(fnmatch.fnmatch(name_of(op), pattern) for pattern in patterns)]
         found = [*chain(*_run(chosen, options.first, options.seconds, details=bool(options.names)))]

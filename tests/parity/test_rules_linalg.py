@@ -30,6 +30,8 @@ CASES = [
     case(_aten.linalg_lu_solve.default, *_LU, of(3, 4), name="a right-hand side", **_FORWARD),
     case(_aten.linalg_lu_solve.default, *_LU, of(2, 3, 4), adjoint=True, name="adjoint", **_FORWARD),
     case(_aten.linalg_lu_solve.default, _LU[0][0], _LU[1][0], of(2, 3, 4), name="one matrix", **_FORWARD),
+    case(_aten.lu_unpack.default, *_LU, **_FORWARD),
+    case(_aten.lu_unpack.default, _LU[0][0], _LU[1][0], name="one matrix", **_FORWARD),
     case(_aten.ormqr.default, _QR, _TAU, of(3, 4), **_DOUBLE),
     case(_aten.ormqr.default, _QR, _TAU, of(4, 3), False, True, name="from the right", **_DOUBLE),
 ]

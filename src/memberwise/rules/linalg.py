@@ -17,6 +17,7 @@ RANKS = {
     _aten.linalg_lu.default: (2,),
     _aten.linalg_ldl_solve.default: (2, 1, 2),
     _aten.ormqr.default: (2, 1, 2),
+    _aten.lu_unpack.default: (2, 1),
 }
 """Operation -> how many dimensions of each tensor are those of one matrix, or one vector."""
 
