@@ -20,6 +20,7 @@ _mean, _rstd = _layer(_rows, [4], None, None, 1e-5)[1:]
 _saved = _batch(_images, None, None, None, None, True, 0.1, 1e-5)[1:]
 _group, _group_back = _aten.native_group_norm.default, _aten.native_group_norm_backward.default
 _of_group = _group(of(3, 4, 2, 2), None, None, 3, 4, 4, 2, 1e-5)[1:]
+_of_one = _group(of(3, 1, 2), None, None, 3, 1, 2, 1, 1e-5)[1:]
 _BACK = {"grad": False, "thorough": False}  # torch reads means from other memory wrongly
 _STATS = {"state": (3, 4), "stacked": [(0, 1, 2, 3, 4), (0, 3, 4), (1, 3, 4), (0, 1, 3, 4)]}
 
@@ -37,6 +38,12 @@ CASES = [
     case(_weight_back, of(3, 4), of(3, 4, seed=9), of(1, 4), positive(1, 4), 1, name="columns", **_BACK),
     case(_group, of(3, 4, 2, 2), of(4), of(4), 3, 4, 4, 2, 1e-5, thorough=False),  # torch refuses other memory
     case(_group, of(3, 4, 5), None, None, 3, 4, 5, 2, 1e-5, name="no weight", thorough=False),
+    case(
+        _group_back,
+        *(of(3, 1, 2, seed=9), of(3, 1, 2), *_of_one, of(1), 3, 1, 2, 1, [True] * 3),
+        name="one channel",
+        **_BACK,
+    ),
     case(_group_back, of(3, 4, 2, 2, seed=9), of(3, 4, 2, 2), *_of_group, of(4), 3, 4, 4, 2, [True] * 3, **_BACK),
     case(
         _group_back,
@@ -161,3 +168,15 @@ def test_double_backward_writes_no_statistics_again() -> None:
         return grad.square().sum()
 
     check(penalised, numbers(3, 5, 4), numbers(3, 4, grad=False), numbers(3, 4, grad=False).abs())
+
+
+@pytest.mark.usefixtures("composites")
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_group_norm_of_what_all_members_share(groups: int) -> None:
+    """Its backward meets members' gradients, and means that are equal in all members."""
+    check(
+        lambda x, weight: F.group_norm(x, groups) * weight,
+        numbers(3, 4, 5, seed=1, grad=True),
+        numbers(3, 3, 4, 5),
+        in_dims=(None, 0),
+    )

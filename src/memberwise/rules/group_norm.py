@@ -14,6 +14,13 @@ from memberwise.rules.registry import LONE_CONTIGUOUS, register_rule
 _aten = torch.ops.aten
 _LAST = Decline("memory in channels_last order")
 
+
+def _folded(x: torch.Tensor) -> torch.Tensor:
+    """In memory as torch's kernels read it: of one group a shared mean would be a view without a step from member to
+    member, which they do not ask for."""
+    return into_channels(x).contiguous()
+
+
 LONE_CONTIGUOUS.update({_aten.native_group_norm.default, _aten.native_group_norm_backward.default})
 
 
@@ -36,9 +43,7 @@ def native_group_norm(
     if is_channels_last(x):
         return _LAST
     values = joined(weight, in_dims[1], size), joined(bias, in_dims[2], size)
-    found = _aten.native_group_norm.default(
-        into_channels(x), *values, batch, size * channels, space, size * groups, eps
-    )
+    found = _aten.native_group_norm.default(_folded(x), *values, batch, size * channels, space, size * groups, eps)
     return tuple(out_of_channels(value, size) for value in found), 0
 
 
@@ -64,7 +69,7 @@ def native_group_norm_backward(
         return _LAST
     counts = batch, size * channels, space, size * groups
     grad_x, *others = _aten.native_group_norm_backward.default(
-        *map(into_channels, full), joined(weight, in_dims[4], size), *counts, mask
+        *map(_folded, full), joined(weight, in_dims[4], size), *counts, mask
     )
     grad_x = out_of_channels(grad_x, size) if mask[0] else None
     return (
