@@ -107,7 +107,7 @@ def wrong(case: Case, models: list[nn.Module]) -> Running:
 
 def test_a_wrong_rival_has_a_line_and_no_figure(put: Callable[[Case], None], monkeypatch: pytest.MonkeyPatch) -> None:
     put(TRAINS)
-    monkeypatch.setitem(RIVALS, "wrong", Rival("wrong", "wrong", "", wrong))
+    monkeypatch.setitem(RIVALS, "wrong", Rival("wrong", "memberwise", "", wrong))
     measured = row.measure(ask("loop", "wrong"))
     figure = measured["figures"][1]
     assert (figure["status"], figure["us"], figure["over_one"]) == ("wrong", None, None)
@@ -115,6 +115,8 @@ def test_a_wrong_rival_has_a_line_and_no_figure(put: Callable[[Case], None], mon
     document = document_of(measured)
     assert schema.problems(document) == []
     assert workloads.wrong_in(document["rows"]) == [f"tiny-3, wrong: {figure['why']}"]
+    document["rows"][0]["figures"][1]["family"] = "another's"
+    assert workloads.wrong_in(document["rows"]) == []
 
 
 def test_a_stack_that_draws_as_no_member_would_is_wrong(
