@@ -178,29 +178,3 @@ def test_a_compound_function_is_overridden_inside() -> None:
     alone = F.multi_head_attention_forward(*(torch.ones(2, 1, 4) if arg is x else arg for arg in given), **named)[0]
     assert torch.equal(found.as_subclass(torch.Tensor), alone)
     assert inside(F.multi_head_attention_forward).__kwdefaults__ is F.multi_head_attention_forward.__kwdefaults__
-
-
-def test_younger_nodes_are_numbered_higher() -> None:
-    """Breaks: a result that another one is computed from would not be found to be, or two would be that are not."""
-    from memberwise._torch.graph import made_after
-
-    x = torch.ones(2, requires_grad=True)
-    first = x.exp()
-    beside, second = first.sin(), (first.cos() * x).sum()
-    assert made_after(second.grad_fn, first.grad_fn)
-    assert made_after(second.grad_fn, second.grad_fn.next_functions[0][0])
-    assert not made_after(second.grad_fn, beside.grad_fn)
-    assert not made_after(first.grad_fn, second.grad_fn)
-    assert not made_after(first.grad_fn, first.grad_fn)
-    assert not made_after(None, first.grad_fn)
-    assert made_after(Passes.apply(first).grad_fn, first.grad_fn)
-
-
-class Passes(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0] * 2

@@ -59,7 +59,6 @@ class Region(DispatchMode):
         looking: whether, gradients being off, operations read lowered tensors as they are.
         apart: the modules that run member by member in this call, and why.
         turn: the member that runs alone now, while such a module does.
-        watch: of the functions whose results leave the call where they are made, if there is one (`waypoints`).
     """
 
     def __init__(
@@ -82,7 +81,6 @@ class Region(DispatchMode):
         self.lowers = False
         self.looking = False
         self.apart: dict[Any, str] = {}
-        self.watch: Any = None
         self.turn: int | None = None
         self.depth = 0
         self.given: dict[torch.Generator, torch.Tensor] = {}

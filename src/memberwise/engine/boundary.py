@@ -13,7 +13,7 @@ from memberwise._torch.checkpoint import StopRecomputation, recomputed_inside
 from memberwise._torch.dispatch import has_tangents, mode_depth, push_mode
 from memberwise._torch.dynamo import uncompiled
 from memberwise._torch.functions import leave_functions
-from memberwise.engine import again, grouped, lowering, retreat, trace, waypoints
+from memberwise.engine import again, grouped, lowering, retreat, trace
 from memberwise.engine.ambient import Region
 from memberwise.engine.arguments import Arguments, mapped
 from memberwise.engine.memory import keep_freed
@@ -161,24 +161,17 @@ def _run_until_none_parts(
     raised = arguments.slots[0].raised if arguments.slots else lowering.raised
     region.lowers = lowering.may_lower(region) and func not in raised and not region.apart
     again_raised = False
-    known = region.watch = waypoints.known(func, arguments, region)
     while None not in parted:
         start = trace.clock()
         try:
             result = _run_stacked(func, arguments, out_dims, region)
             if again_raised:
                 raised.add(func)
-            if region.watch is not known:
-                waypoints.remember(func, arguments, region.watch)
             return result
         except Unlowered as signal:
             if signal.region is not region:
                 raise
             again_raised, region.lowers = True, False
-        except waypoints.Missed as signal:
-            if signal.region is not region:
-                raise
-            region.watch = signal.watch
         except Retreat as signal:
             if signal.region is not region:
                 raise
@@ -206,11 +199,10 @@ def _run_stacked(func: Callable[..., Any], arguments: Arguments, out_dims: Any, 
         try:
             by_members = functools.partial(_by_members, swaps, region)
             surroundings = again.Surroundings(region, swaps, by_members)
-            with by_members(), recomputed_inside(surroundings), templates or _NOTHING, region.watch or _NOTHING:
+            with by_members(), recomputed_inside(surroundings), templates or _NOTHING:
                 args, kwargs = arguments.build(inside)
                 out = func(*args, **kwargs)
             region.check_global_streams(at_the_end=True)
-            waypoints.check(out, region)
         finally:
             again.take_off(region)
             if functions:

@@ -17,17 +17,11 @@ from memberwise.engine.retreat import function_by_members
 from memberwise.engine.signals import Decline
 from memberwise.engine.tensor import MemberTensor
 from memberwise.engine.values import MemberValue
-from memberwise.engine.waypoints import put_back, taken, watching
 from memberwise.rules.registry import composite_for
 
 
 def on_function(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     """Entry from `__torch_function__`."""
-    if watching and (watch := taken()) is not None:
-        try:
-            return watch.result(on_function(cls, func, types, args, kwargs))
-        finally:
-            put_back(watch)
     own = values.exist and numbers.among(args, kwargs)
     if func in COMPOUND and not own:
         return COMPOUND[func](*args, **(kwargs or {}))

@@ -13,7 +13,6 @@ from memberwise.engine.crossing import leave
 from memberwise.engine.layout import settle
 from memberwise.engine.tensor import MemberTensor
 from memberwise.engine.values import is_own
-from memberwise.engine.waypoints import point_of
 from memberwise.engine.written import from_outside
 from memberwise.errors import ArgumentError, EngineError, fail
 from memberwise.trees import is_open, tree_leaves, tree_map
@@ -40,10 +39,7 @@ def _leaf(leaf: Any, dim: int | None, region: Region, name: str) -> Any:
         if isinstance(leaf, MemberTensor) and leaf._batched:
             bad(f"vmap({name}, ...): `{name}` can not return a BatchedTensor when out_dim is None")
         return leave(leaf, region)[0] if inside else leaf
-    stacked = None
-    if isinstance(leaf, region.tensor_class):
-        stacked = from_outside(leaf)
-        stacked = point_of(leaf) if stacked is None else stacked
+    stacked = from_outside(leaf) if isinstance(leaf, region.tensor_class) else None
     if stacked is None:
         stacked = leave(leaf, region) if inside else _of_all(leaf, region)
     if not -stacked.ndim <= dim < stacked.ndim:
