@@ -155,12 +155,12 @@ def checks_of(request: Request, case: Case, batches: list[Batch]) -> Iterator[Ch
         return Check(case, dtype, cast[dtype], expected, exact, members, said, last)
 
     few = min(request.members, request.exact_members or request.members)
-    still = case.without_draws()
+    still, said = case.without_draws(), "training" if case.trains else "prediction"
     if request.exact:
-        yield check(still, torch.float64, few, "training" if still is case else "training without its draws")
+        yield check(still, torch.float64, few, said if still is case else f"{said} without its draws")
     elif still is not case:
-        yield check(still, torch.float32, few, "training without its draws")
-    yield check(case, torch.float32, request.members, "training", last=True)
+        yield check(still, torch.float32, few, f"{said} without its draws")
+    yield check(case, torch.float32, request.members, said, last=True)
 
 
 def start_all(request: Request, started: list[Started], checks: list[Check], begin: float) -> list[Started]:

@@ -91,9 +91,9 @@ def test_a_row_has_its_costs_and_keeps_the_schema(case: Case, put: Callable[[Cas
     assert (one["members"], loop["members"]) == (1, M)
     assert loop["kernels"] > vmap["kernels"] > 0 and one["kernels"] < loop["kernels"]
     assert all(figure["memory_bytes"] >= figure["members"] * 4 * (4 * 5 + 5 * 2 + 2) for figure in measured["figures"])
-    draws = case.still is not None
-    assert vmap["checked"] == ("training without its draws" if draws else "training")
-    assert ours["checked"] == "training"
+    draws, said = case.still is not None, "training" if case.trains else "prediction"
+    assert vmap["checked"] == (f"{said} without its draws" if draws else said)
+    assert ours["checked"] == said
     assert {(ratio["of"], ratio["to"]) for ratio in measured["ratios"]} == {
         ("memberwise", name) for name in ("one", "loop", "vmap")
     }
