@@ -188,3 +188,16 @@ def test_gelu_in_float32_takes_what_is_shared(in_dims: Any) -> None:
         value if dim == 0 else value.detach()[0].requires_grad_() for value, dim in zip((x, scale), dims, strict=True)
     ]
     check(lambda x, scale: F.gelu(x) * scale, *args, in_dims=in_dims)
+
+
+@pytest.mark.parametrize("other", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("write", ["sub_", "mul_", "copysign_", "pow_"])
+def test_a_number_is_written_in_its_own_memory(write: str, other: torch.dtype) -> None:
+    """A member's number of a narrower type than what it is written with: not to a copy of the wider type."""
+
+    def function(x: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+        x = x.to(torch.bfloat16)
+        getattr(x[0], write)(number.to(other))
+        return x
+
+    check(function, numbers(3, 4, grad=False).abs(), numbers(3, grad=False, seed=1).abs(), gradients=False)

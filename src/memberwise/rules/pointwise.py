@@ -90,6 +90,16 @@ def _broadcasting(call: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
+def _broadcasting_in_place(call: Callable[..., Any]) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: Any, target: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not isinstance(args[0], torch.Tensor):
+            return call(target, *args, **kwargs), 0
+        typed = _typed_as_alone((target, *args), in_dims)  # but the target itself, or a copy of it would be written
+        return call(*aligned((target, *typed[1:]), in_dims), **kwargs), 0
+
+    return rule
+
+
 def _typed_as_alone(args: Any, dims: Any) -> Any:
     """A member's number, a 0-d tensor, does not raise the type of a tensor with dimensions: float16 times a float32
     number is float16, and a number on the CPU goes with tensors anywhere. Stacked it has a dimension, and would; so it
@@ -151,7 +161,8 @@ def _register(names: list[str], make: Callable[[Callable[..., Any]], Callable[..
                 if overload in RULES or overload in _ELSEWHERE or not (_is_servable(overload) or _in_place(overload)):
                     continue
                 call = _quick(overload, name) if variant in _BINDINGS else overload
-                register_rule(overload, make(call))
+                in_place = _in_place(overload) and make is _broadcasting
+                register_rule(overload, (_broadcasting_in_place if in_place else make)(call))
 
 
 def _in_place(overload: Any) -> bool:
@@ -221,6 +232,6 @@ def log_sigmoid_backward(info: Any, in_dims: Any, grad: torch.Tensor, x: torch.T
 
 register_rule(_aten.fill.Scalar, _unary(_aten.fill.Scalar))
 register_rule(_aten.isin.Tensor_Scalar, _unary(_aten.isin.Tensor_Scalar))
-register_rule(_aten.ldexp_.default, _broadcasting(_aten.ldexp_.default))  # `ldexp` is made of others
+register_rule(_aten.ldexp_.default, _broadcasting_in_place(_aten.ldexp_.default))  # `ldexp` is made of others
 register_rule(_aten.fill_.Scalar, _unary(_aten.fill_.Scalar))
 register_rule(_aten.zero_.default, _unary(_aten.zero_.default))
