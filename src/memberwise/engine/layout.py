@@ -22,7 +22,7 @@ def relatives(member: MemberTensor) -> list[MemberTensor]:
     return [entry for entry in found if entry is not None]
 
 
-def _reach(size: Any, stride: Any) -> int:
+def extent(size: Any, stride: Any) -> int:
     """Elements from the first to the last of such a view."""
     return 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if 0 not in size else 0
 
@@ -30,15 +30,15 @@ def _reach(size: Any, stride: Any) -> int:
 def stay_inside(member: MemberTensor, size: Any, stride: Any, start: int) -> None:
     """Refuse a view that leaves its member's memory; `start` is where member 0's begins in the stacked storage."""
     inner = member._inner
-    apart = member._batched and len(inner) > 1 and inner.stride(0) >= _reach(inner.shape[1:], inner.stride()[1:])
+    apart = member._batched and len(inner) > 1 and inner.stride(0) >= extent(inner.shape[1:], inner.stride()[1:])
     start -= (inner if member._root is None else member._root).storage_offset()
-    if apart and (start < 0 or start + _reach(size, stride) > inner.stride(0)):
+    if apart and (start < 0 or start + extent(size, stride) > inner.stride(0)):
         what = f"as_strided({[*size]}, {[*stride]}) from element {start} leaves a member of {inner.stride(0)} elements"
         fail(EngineError, "MW220", what, do="Alone it is an error too")
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    reach = _reach(tensor.shape, tensor.stride())
+    reach = extent(tensor.shape, tensor.stride())
     return (tensor.storage_offset() + reach) * tensor.element_size() if reach else 0
 
 
@@ -50,9 +50,8 @@ def promote(member: MemberTensor) -> None:
     size = member._region.batch_size
     inner = member._inner
     aliases = relatives(member)
-    extent = max(_bytes(alias._inner) for alias in aliases)
-    extent = -(-extent // inner.element_size())
-    memory = torch.as_strided(inner, (extent,), (1,), 0).expand(size, extent).clone()
+    length = -(-max(_bytes(alias._inner) for alias in aliases) // inner.element_size())
+    memory = torch.as_strided(inner, (length,), (1,), 0).expand(size, length).clone()
     for alias in aliases:
         seen = alias._inner
         source = memory if seen.dtype == memory.dtype else memory.view(seen.dtype)
@@ -71,9 +70,7 @@ def relaid(inner: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     """A stacked tensor whose member slices have the given strides; a copy, where they have others."""
     if inner.stride()[1:] == strides or inner.numel() == 0:
         return inner
-    shape = inner.shape[1:]
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    memory = inner.new_empty_strided((inner.shape[0], *shape), (extent, *strides))
+    memory = inner.new_empty_strided(inner.shape, (extent(inner.shape[1:], strides), *strides))
     return memory.copy_(inner)
 
 

@@ -150,7 +150,11 @@ _BINDINGS = {
 }
 
 
-def _register(names: list[str], make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+_Make = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _register(names: list[str], make: _Make, in_place: _Make | None = None) -> None:
+    """By `make`, and those that write their first argument by `in_place`, if that is another."""
     for name in names:
         for variant in (name, name + "_"):
             packet = getattr(_aten, variant, None)
@@ -161,8 +165,7 @@ def _register(names: list[str], make: Callable[[Callable[..., Any]], Callable[..
                 if overload in RULES or overload in _ELSEWHERE or not (_is_servable(overload) or _in_place(overload)):
                     continue
                 call = _quick(overload, name) if variant in _BINDINGS else overload
-                in_place = _in_place(overload) and make is _broadcasting
-                register_rule(overload, (_broadcasting_in_place if in_place else make)(call))
+                register_rule(overload, ((in_place or make) if _in_place(overload) else make)(call))
 
 
 def _in_place(overload: Any) -> bool:
@@ -182,7 +185,7 @@ def _of_one_shape(call: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-_register(BINARY, _broadcasting)
+_register(BINARY, _broadcasting, _broadcasting_in_place)
 _register([*ONE_SHAPE], _of_one_shape)
 for _name in ("add", "sub", "mul", "div"):  # by which torch infers the type of a sum with a lazy zero, on meta tensors
     _prim = getattr(torch.ops.prims, _name).default

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from memberwise.engine.layout import extent
 from memberwise.engine.signals import Decline
 from memberwise.rules.axis import expanded, shift_all, shifted
 from memberwise.rules.folding import is_channels_last
@@ -31,11 +32,11 @@ def _inferred(x: torch.Tensor, size: Any) -> list[int]:
     size = list(size)
     if -1 in size:
         own = 1
-        for extent in x.shape[1:]:
-            own *= extent
+        for count in x.shape[1:]:
+            own *= count
         known = 1
-        for extent in size:
-            known *= extent if extent != -1 else 1
+        for count in size:
+            known *= count if count != -1 else 1
         size[size.index(-1)] = own // known if known else 0
     return size
 
@@ -204,10 +205,10 @@ def as_strided(info: Any, in_dims: Any, x: torch.Tensor, size: Any, stride: Any,
 @register_rule(_aten.new_empty_strided.default)
 def new_empty_strided(info: Any, in_dims: Any, x: torch.Tensor, size: Any, stride: Any, **kwargs: Any) -> Any:
     """Each member gets the memory that these strides ask for; torch's batching refuses some layouts."""
-    extent = _extent(size, stride)
+    length = extent(size, stride)
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
-    flat = x.new_empty((info.batch_size, extent), **kwargs)
-    return flat.as_strided((info.batch_size, *size), (extent, *stride)), 0
+    flat = x.new_empty((info.batch_size, length), **kwargs)
+    return flat.as_strided((info.batch_size, *size), (length, *stride)), 0
 
 
 @register_rule(_aten.as_strided_scatter.default)
@@ -218,16 +219,11 @@ def as_strided_scatter(
     begin = 0 if offset is None else offset - x.storage_offset()
     x = expanded(x, in_dims[0], info.batch_size)
     lead = max(-begin, 0)
-    room = lead + max(_extent(x.shape[1:], x.stride()[1:]), begin + _extent(size, stride))
+    room = lead + max(extent(x.shape[1:], x.stride()[1:]), begin + extent(size, stride))
     memory = x.new_empty((info.batch_size, room))
     out = memory.as_strided(x.shape, (room, *x.stride()[1:]), lead).copy_(x)
     memory.as_strided((x.shape[0], *size), (room, *stride), lead + begin).copy_(src)
     return out, 0
-
-
-def _extent(size: Any, stride: Any) -> int:
-    """Elements from one member's first to its last."""
-    return 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if 0 not in size else 0
 
 
 def _of_a_matrix(call: Any) -> Any:
