@@ -83,7 +83,7 @@ check-operations: $(READY) ## every operation of torch's own table, likewise; an
 
 coverage: $(READY) ## both sweeps, over all modules and operations of torch, and docs/coverage.md from them; an hour
 	$(ONE_THREAD) $(BIN)/python -m survey.modules
-	$(if $(wildcard survey/operations.py),$(ONE_THREAD) $(BIN)/python -m survey.operations)
+	$(ONE_THREAD) $(BIN)/python -m survey.operations
 	$(BIN)/python -m survey.coverage_page
 
 .PHONY: check-third-party

@@ -29,6 +29,15 @@ RESULTS = Path(__file__).parent / "results"
 Measure = Callable[[row.Request], dict[str, object]]
 
 
+def add_pace(parser: argparse.ArgumentParser, pace: timing.Pace) -> None:
+    """What both commands ask of how long, and how closely, is measured."""
+    parser.add_argument("--rounds", type=int, default=pace.rounds)
+    parser.add_argument("--block", type=float, default=pace.block_s, help="seconds of a rival in a round")
+    parser.add_argument("--budget", type=float, default=pace.budget_s, help="seconds of a rival in a row")
+    parser.add_argument("--start", type=float, default=row.Request.start_s, help="seconds of a rival's start")
+    parser.add_argument("--exact", action=argparse.BooleanOptionalAction, default=True, help="check in float64 as well")
+
+
 def options_of(argv: list[str] | None) -> argparse.Namespace:
     pace = timing.Pace()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
@@ -38,12 +47,8 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rivals", nargs="+", metavar="RIVAL", help="names or patterns; the first table's if none")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: results/table-cuda.json, one thread")
     parser.add_argument("--threads", nargs="+", type=int, help="on a CPU 1 and 2, if none are named")
-    parser.add_argument("--rounds", type=int, default=pace.rounds)
-    parser.add_argument("--block", type=float, default=pace.block_s, help="seconds of a rival in a round")
-    parser.add_argument("--budget", type=float, default=pace.budget_s, help="seconds of a rival in a row")
-    parser.add_argument("--start", type=float, default=row.Request.start_s, help="seconds of a rival's start")
+    add_pace(parser, pace)
     parser.add_argument("--steps", type=int, default=row.Request.check_steps, help="steps that are checked")
-    parser.add_argument("--exact", action=argparse.BooleanOptionalAction, default=True, help="check in float64 as well")
     parser.add_argument("--out", type=Path, help="the results file; without ROWs or RIVALs results/table.json")
     options = parser.parse_args(argv)
     on_cpu = options.device == "cpu"

@@ -145,8 +145,6 @@ def resnet(size: int) -> Case:
         model=ResNet18,
         batch=partial(batch, size),
         workload="W5",
-        recipe=Recipe(lr=0.005, momentum=0.9),
-        steps=4,
         folded=folded.resnet,
         in_jax="resnet",
     )
