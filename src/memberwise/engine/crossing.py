@@ -126,9 +126,14 @@ def _inside(tensor: torch.Tensor, batched: bool, region: Region) -> MemberTensor
 
 
 def _lowered(tensor: torch.Tensor, batched: bool, region: Region) -> MemberTensor:
-    member = _inside(tensor, batched, region)
-    if tensor.requires_grad:
-        member._lowered = True
+    if not tensor.requires_grad:
+        return _inside(tensor, batched, region)
+    if batched and not (tensor.is_conj() or tensor.is_neg()):  # a parameter, as good as always
+        member = wrap(tensor, region, tensor.storage_offset() or None)
+        member._outside = True
+    else:
+        member = _inside(tensor, batched, region)
+    member._lowered = True
     return member
 
 

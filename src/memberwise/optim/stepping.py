@@ -223,17 +223,18 @@ def _refuse_sparse(group: Group) -> NoReturn:
     )
 
 
+_is_contiguous = torch.Tensor.is_contiguous
+
+
 def _can_fuse(row: Row) -> bool:
     """Whether there is a fused kernel for a parameter. They walk through memory, so strides must be the same."""
     param, grad = row[0], row[1]
-    for tensor in row:
-        if not tensor.is_contiguous():
-            return False
     return (
-        param.dtype in fused.DTYPES
+        all(map(_is_contiguous, row))
+        and param.dtype in fused.DTYPES
         and grad.dtype is param.dtype
         and type(param) in _PLAIN_TYPES
-        and param.device.type in fused.DEVICES
+        and (param.is_cpu or param.device.type in fused.DEVICES)
     )
 
 
