@@ -10,6 +10,7 @@ import torch
 from memberwise.engine.signals import Decline
 from memberwise.rules.axis import aligned, expanded, lift, member_ndim
 from memberwise.rules.registry import register_rule
+from memberwise.trees import tree_map
 
 _aten = torch.ops.aten
 
@@ -23,21 +24,30 @@ RANKS = {
 
 
 def _leading(call: Any, ranks: tuple[int, ...]) -> Any:
-    """The member axis before all leading dimensions."""
+    """The member axis and all leading dimensions as one, as kernels go from a matrix to the next by the last stride."""
 
     def rule(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> Any:
         own = [expanded(value, dim, info.batch_size) for value, dim in zip(args, in_dims[: len(ranks)], strict=False)]
-        if len({value.shape[: value.ndim - rank] for value, rank in zip(own, ranks, strict=True)}) > 1:
+        leads = {value.shape[: value.ndim - rank] for value, rank in zip(own, ranks, strict=True)}
+        if len(leads) > 1:
             return Decline(
                 "leading dimensions that differ, for which torch reads memory beyond a tensor", by_member=True
             )
-        return call(*own, *args[len(own) :], **kwargs), 0
+        (lead,) = leads
+        rows = [_in_a_row(value, lead, rank) for value, rank in zip(own, ranks, strict=True)]
+        out = call(*rows, *args[len(own) :], **kwargs)
+        return tree_map(lambda made: made.reshape(*lead, *made.shape[1:]), out), 0
 
     return rule
 
 
 for _op, _ranks in RANKS.items():
     register_rule(_op, _leading(_op, _ranks))
+
+
+def _in_a_row(value: torch.Tensor, lead: torch.Size, rank: int) -> torch.Tensor:
+    own = value.shape[-rank:]
+    return value.expand(*lead, *own).reshape(lead.numel(), *own)
 
 
 def _is_vector(a: Any, b: Any) -> bool:
@@ -71,5 +81,6 @@ def linalg_lu_solve(
     values = zip((factors, pivots, b), (ndim, ndim - 1, ndim), in_dims, strict=True)
     factors, pivots, b = (lift(expanded(value, dim, info.batch_size), rank) for value, rank, dim in values)
     lead = torch.broadcast_shapes(factors.shape[:-2], b.shape[:-2])
-    factors, pivots = factors.expand(*lead, *factors.shape[-2:]), pivots.expand(*lead, *pivots.shape[-1:])
-    return _aten.linalg_lu_solve.default(factors, pivots, b, **options), 0
+    rows = [_in_a_row(value, lead, rank) for value, rank in ((factors, 2), (pivots, 1), (b, 2))]
+    out = _aten.linalg_lu_solve.default(*rows, **options)
+    return out.reshape(*lead, *out.shape[-2:]), 0
