@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import fx
 
 from memberwise._torch.inductor import compile_graph
+from memberwise.capture.outline import by_regions
+from memberwise.capture.regions import Uncut
 
 
 class Compiled:
@@ -26,11 +29,21 @@ class Compiled:
         """The compiled `graph`. Nothing runs on `inputs`; if there is a `trial`, it has run on what that gives."""
         key = structure(graph, inputs)
         if key not in self._entries:
-            self._entries[key] = graph.forward if self.backend == "fx" else compile_graph(graph, inputs, trial)
+            self._entries[key] = graph.forward if self.backend == "fx" else _compiled(graph, inputs, trial)
         self._entries.move_to_end(key)
         while len(self._entries) > self.size:
             self._entries.popitem(last=False)
         return self._entries[key]
+
+
+def _compiled(
+    graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Callable[[], Sequence[torch.Tensor]] | None
+) -> Callable[..., Any]:
+    """By regions, if it repeats itself; else whole."""
+    if trial is not None:
+        with contextlib.suppress(Uncut), torch.no_grad():
+            return by_regions(graph, trial, compile_graph)[0]
+    return compile_graph(graph, inputs, trial)
 
 
 def structure(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Any:

@@ -64,8 +64,13 @@ class Draw:
             return self.func(*args, **self.kwargs)
 
 
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its numbers lie side by side, in whatever order."""
+    return torch.empty_like(tensor, memory_format=torch.preserve_format).stride() == tensor.stride()
+
+
 class MemberDraws(Draw):
-    """M draws, each into its slice of one tensor.
+    """M draws of one memory order, dense, each into its slice of one tensor.
 
     Attributes:
         example: the tensor, `(M, *s)`, filled anew each time.
@@ -74,7 +79,8 @@ class MemberDraws(Draw):
 
     def __init__(self, draws: list[Draw]) -> None:
         first = draws[0].example
-        self.example = torch.empty((len(draws), *first.shape), dtype=first.dtype, device=first.device)
+        shape, strides = (len(draws), *first.shape), (first.numel(), *first.stride())
+        self.example = torch.empty_strided(shape, strides, dtype=first.dtype, device=first.device)
         self.draws = draws
         for draw, part in zip(draws, self.example, strict=True):
             draw.into(part)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from memberwise.capture.draws import Draw, MemberDraws
+from memberwise.capture.draws import Draw, MemberDraws, is_dense
 
 _aten = torch.ops.aten
 
@@ -26,16 +26,17 @@ def merge_draws(graph: fx.Graph, inputs: list[Any]) -> list[Any]:
     fills = [_fill(node, value) for node, value in values.items() if isinstance(value, Draw)]
     for whole, run in groupby(fills, key=lambda fill: fill and _whole(fill)[0]):
         found = [fill for fill in run if fill is not None]
-        if whole is not None and _is_all_of(whole, found, order):
+        orders = {values[_node(fill.args[1])].example.stride() for fill in found}
+        if whole is not None and len(orders) == 1 and _is_all_of(whole, found, order):
             _merge(graph, whole, found, values)
     return [values[node] for node in graph.nodes if node.op == "placeholder"]
 
 
 def _fill(drawn: fx.Node, draw: Draw) -> fx.Node | None:
-    """The write of a drawn tensor over another, if nothing else reads it and both lie in the same order."""
+    """The write of a drawn tensor over another, if nothing else reads it."""
     user = _only_user(drawn)
     fills = user is not None and user.target is _aten.copy_.default and user.args[1] is drawn
-    return user if fills and draw.example.is_contiguous() else None
+    return user if fills and is_dense(draw.example) else None
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -90,7 +90,8 @@ class CapturedStep(Unfollowed):
             program.run = self._compiled.get(program.graph, values[: program.count], trial)
         except Exception as error:  # whatever the compiler cannot do, the step can
             program.eager = True
-            refusal = Refusal("not-compiled", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            lines = str(error).strip().splitlines()  # an assertion says nothing
+            refusal = Refusal("not-compiled", ": ".join([type(error).__name__, *lines[:1]]))
             self.refusals.append(refusal)
             self._warn("MW501", f"the step runs eagerly: {refusal.sentence()}", refusal.advice())
             return

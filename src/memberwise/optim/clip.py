@@ -113,10 +113,11 @@ def _one(limit: float | torch.Tensor) -> float:
 
 def _norms(grads: list[torch.Tensor], members: int | None, norm_type: float) -> torch.Tensor:
     """The norms (M,) over all of a member's gradients, as if they were one vector."""
-    rows = [grad.reshape(grad.shape[0], -1) for grad in grads if grad.numel()]
-    if not rows:
+    grads = [grad for grad in grads if grad.numel()]
+    if not grads:
         return torch.zeros(members or 0)
-    norms = [torch.linalg.vector_norm(row, norm_type, dim=1).to(rows[0].device) for row in rows]
+    # one parameter after the other, so that a recording repeats itself by layers
+    norms = [torch.linalg.vector_norm(g.reshape(g.shape[0], -1), norm_type, dim=1).to(grads[0].device) for g in grads]
     return torch.linalg.vector_norm(torch.stack(norms), norm_type, dim=0)
 
 
@@ -125,12 +126,12 @@ def _scale(grads: list[torch.Tensor], limit: float | torch.Tensor, norms: torch.
     limit = limit.to(norms.device, norms.dtype) if isinstance(limit, torch.Tensor) else limit
     factors = torch.clamp(limit / (norms + 1e-6), max=1.0)
     cast = {key: factors.to(*key) for key in {(grad.device, grad.real.dtype) for grad in grads}}
-    beside = [cast[g.device, g.real.dtype].view(-1, *[1] * (g.ndim - 1)) for g in grads]
+    beside = (cast[g.device, g.real.dtype].view(-1, *[1] * (g.ndim - 1)) for g in grads)
     if grads and not watched():
-        fused.mul_(grads, beside)
-    elif grads:
-        for grad, factor in zip(grads, beside, strict=True):
-            grad.mul_(factor)
+        fused.mul_(grads, [*beside])
+        return
+    for grad, factor in zip(grads, beside, strict=True):
+        grad.mul_(factor)
 
 
 def _check_finite(own: torch.Tensor, common: torch.Tensor, norm_type: float) -> None:

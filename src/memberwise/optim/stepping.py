@@ -152,7 +152,8 @@ class SteppingOptimizer(Optimizer):
 
     def _update(self, group: Group, alike: Alike, lists: list[list[torch.Tensor]]) -> None:
         split = group.split(alike.counts) if alike.fusable else None
-        if len(lists) > 2:
+        traced, counts = tracing(), len(lists) > 2
+        if counts and not traced:
             self._count(group, alike, lists[2])
         # On an accelerator, a launch of a fused kernel costs what a launch of a plain operator does.
         if split and (alike.device.type == "cpu" or len(split.calls) <= 2 * len(lists[0])):
@@ -161,6 +162,8 @@ class SteppingOptimizer(Optimizer):
         if alike.shared:
             values = {name: tensor[0] for name, tensor in values.items()}
         for row in zip(*lists, strict=True):
+            if counts and traced:  # one parameter after the other, so that a recording repeats itself by layers
+                self._count(group, alike, [row[2]])
             self._formula(group, row, **values)
 
     def _count(self, group: Group, alike: Alike, steps: list[torch.Tensor]) -> None:

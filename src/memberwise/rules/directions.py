@@ -135,6 +135,11 @@ class Batched:
 class Apart:
     """One call of oneDNN's fused kernel a member: alone, torch's own LSTM is made of these."""
 
+    @staticmethod
+    def has_kept(saved: Sequence[Any]) -> bool:
+        """Whether this is what `forward` keeps: the third is the kernel's workspace, which holds no numbers."""
+        return len(saved) > 2 and not saved[2].is_floating_point()
+
     def kept(self, size: int, steps: int) -> int:
         return 3 * size
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from memberwise._torch.tracing import tracing
 from memberwise.engine.signals import Decline
 from memberwise.rules.axis import expanded
 from memberwise.rules.cells import CELLS, Cell
@@ -26,14 +27,19 @@ class _Call:
     rows, then what each direction keeps.
     """
 
-    def __init__(self, cell: Cell, args: Sequence[Any], dims: Sequence[Any], size: int) -> None:
+    def __init__(
+        self, cell: Cell, args: Sequence[Any], dims: Sequence[Any], size: int, kept: Sequence[Any] | None = None
+    ) -> None:
         full = [expanded(v, dim, size) if isinstance(v, torch.Tensor) else v for v, dim in zip(args, dims, strict=True)]
         x, self.layers, self.directions, self.biases, self.batch_first, *rest = full
         self.rows = x.transpose(1, 2).contiguous() if self.batch_first else x
         self.states, self.weights = rest[: cell.states], rest[cell.states :]
         self.per_direction = 4 if self.biases else 2
         _, steps, batch, _ = self.rows.shape
-        apart = cell.fused and is_faster_apart(x, batch, self.states[0].shape[-1])
+        if kept is None:  # recorded by cells: a step repeats the one before, is compiled once; none takes the kernel
+            apart = cell.fused and not tracing() and is_faster_apart(x, batch, self.states[0].shape[-1])
+        else:
+            apart = Apart.has_kept(kept[1:])
         self.strategy: Strategy = Apart() if apart else Batched(cell)
         self.width = 1 + self.directions * self.strategy.kept(size, steps)
 
@@ -128,7 +134,7 @@ def _make(cell: Cell) -> None:
         return _Call(cell, args, in_dims, info.batch_size).forward()
 
     def backward(info: Any, in_dims: Any, needs: Any, inputs: Any, kept: Any, grads: Any) -> Any:
-        return _Call(cell, inputs, in_dims, info.batch_size).backward(kept, grads, needs)
+        return _Call(cell, inputs, in_dims, info.batch_size, kept).backward(kept, grads, needs)
 
     rule = {"forward": forward, "backward": backward, "plain": plain}
     members = {name: staticmethod(function) for name, function in rule.items()}

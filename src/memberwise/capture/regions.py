@@ -1,0 +1,260 @@
+"""A recorded step cut where it repeats: a layer, a time step, the optimizer's share of each are compiled once.
+
+The recording is a list of operations in the order in which they ran, so any cut of it into stretches is one that can be
+run. What recurs in it (`memberwise.capture.repeats`) becomes a region, and regions that compute the same share one
+compiled graph. What passes from one to the next is whole tensors, never views of them: views are taken anew where they
+are used, outside of all regions if what they look at is not written there, so that `x[0]`, `x[1]`, ... of one time step
+after the other are no difference.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import fx
+
+from memberwise.capture.repeats import Repeat, repeats
+from memberwise.engine.operation import describe
+
+SHORTEST, LEAST = 20, 60
+"""Operations of a region, at least, and how many must be saved for a stretch to become one."""
+
+
+class Uncut(Exception):
+    """A recording that is better compiled whole."""
+
+
+class Aliases:
+    """Which nodes are the same memory."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._base: dict[fx.Node, fx.Node] = {}
+        self._same: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
+            self._note(node)
+
+    def base(self, node: fx.Node) -> fx.Node:
+        """The node that made the memory that `node` lies in."""
+        return self._base[node]
+
+    def same(self, node: fx.Node) -> fx.Node:
+        """The node whose very tensor this one is: what an operation in place returns is its argument."""
+        return self._same[node]
+
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether the node is another look at a tensor that is there."""
+        return self._same[node] is node is not self._base[node]
+
+    def _note(self, node: fx.Node) -> None:
+        self._base[node] = self._same[node] = node
+        if node.op != "call_function":
+            return
+        if node.target is operator.getitem:
+            made, index = node.args
+            if not isinstance(made, fx.Node) or not isinstance(index, int):
+                raise Uncut("it takes a result apart in an unknown way")
+            if describe(made.target).is_view:
+                self._base[node] = self._base[made]
+            else:
+                self._note_returned(node, made, index)
+            return
+        facts = describe(node.target)
+        if facts.moves_in_place or facts.swaps_memory:
+            raise Uncut(f"{node.target} gives a tensor another shape in place")
+        if facts.is_view:
+            self._base[node] = self._base[_tensor(node.args[0])]
+        else:
+            self._note_returned(node, node, 0)
+
+    def _note_returned(self, node: fx.Node, made: fx.Node, index: int) -> None:
+        """What an operation returns may be what it was given to write."""
+        returned = describe(made.target).returned
+        place = returned[index] if index < len(returned) else None
+        if place is not None:
+            argument = _tensor(made.kwargs[place] if isinstance(place, str) else made.args[place])
+            self._same[node], self._base[node] = self._same[argument], self._base[argument]
+
+
+def written(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes whose memory an operation writes."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return
+    for place in describe(node.target).written:
+        value = node.kwargs.get(place) if isinstance(place, str) else (*node.args, *[None] * place)[place]
+        yield from (one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, fx.Node))
+
+
+class Region:
+    """Operations that run one after the other, as one graph of their own.
+
+    Attributes:
+        nodes: the operations, in order; the views among them that need not be are left outside.
+        inputs: the nodes outside that they read, in order of first use.
+        outputs: the nodes of it that are read outside, filled in by who knows what is read of its like.
+    """
+
+    def __init__(self, nodes: Sequence[fx.Node], aliases: Aliases) -> None:
+        self.aliases = aliases
+        self._changed = {aliases.base(one) for node in nodes for one in written(node)}
+        own = set(nodes)
+        looks = self._looks(nodes, own, set())
+        several = {base for base in self._changed - own if len(looks.get(base, ())) > 1}
+        self._inside = several
+        hoisted = {node for node in nodes if self._is_outside(node, own)}
+        self.nodes = [node for node in nodes if node not in hoisted]
+        self._own = set(self.nodes)
+        self.inputs: list[fx.Node] = []
+        self.chains: list[fx.Node] = []
+        for node in self.nodes:
+            for one in node.all_input_nodes:
+                self._read(one)
+        self._index = {node: k for k, node in enumerate(self.nodes)}
+        self.outputs: list[int] = []
+
+    def _looks(self, nodes: Sequence[fx.Node], own: set[fx.Node], inside: set[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
+        """By base outside, the tensors through which it is read, once views are taken outside."""
+        self._inside = inside
+        found: dict[fx.Node, set[fx.Node]] = {}
+        for node in nodes:
+            if self._is_outside(node, own):
+                continue
+            for one in map(self.aliases.same, node.all_input_nodes):
+                if one not in own or self._is_outside(one, own):
+                    found.setdefault(self.aliases.base(one), set()).add(one)
+        return found
+
+    def _is_outside(self, node: fx.Node, own: set[fx.Node]) -> bool:
+        """Whether this is a view of what is outside, and may be taken there."""
+        base = self.aliases.base(node)
+        if base in own or base in self._inside:
+            return False
+        return node.target is operator.getitem or describe(node.target).is_view
+
+    def _read(self, node: fx.Node) -> None:
+        """Note a node outside as an input; or its memory's, and how it is looked at, if it must be seen inside."""
+        node = self.aliases.same(node)
+        if node in self._own or node in self.inputs or node in self.chains:
+            return
+        base = self.aliases.base(node)
+        if base in self._own:
+            raise Uncut("a tensor is looked at before it is made")
+        if node is not base and base in self._inside:
+            for one in node.all_input_nodes:
+                self._read(one)
+            self.chains.append(node)
+        else:
+            self.inputs.append(node)
+
+    def number(self, node: fx.Node) -> tuple[str, int]:
+        """What a node is to the region, whatever it is called."""
+        if node in self._index:
+            return "own", self._index[node]
+        node = self.aliases.same(node)
+        if node in self._index:
+            return "own", self._index[node]
+        return ("chain", self.chains.index(node)) if node in self.chains else ("input", self.inputs.index(node))
+
+    def form(self) -> Hashable:
+        """Equal for regions that do the same."""
+        return tuple(_described(node, self.number) for node in (*self.chains, *self.nodes)), len(self.inputs)
+
+    def escapes(self) -> set[int]:
+        """Which of its own results are read outside, themselves or a view of them."""
+        found = set()
+        for node in self.nodes:
+            base = self.aliases.base(node)
+            if base in self._own and any(user not in self._own for user in node.users):
+                found.add(self._index[base])
+        return found
+
+    def graph(self) -> fx.Graph:
+        """The region as a graph: placeholders are `inputs`, it returns `outputs`."""
+        graph = fx.Graph()
+        new = {node: graph.placeholder(f"input_{k}") for k, node in enumerate(self.inputs)}
+        for node in (*self.chains, *self.nodes):
+            new[node] = graph.node_copy(node, lambda one: new[one] if one in new else new[self.aliases.same(one)])
+        graph.output(tuple(new[self.nodes[k]] for k in self.outputs))
+        return graph
+
+
+def _described(node: fx.Node, number: Any) -> Hashable:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda one: _Numbered(number(one)))
+    return node.target, repr(args), repr(kwargs)
+
+
+class _Numbered:
+    """A node's number, where an argument was."""
+
+    def __init__(self, number: tuple[str, int]) -> None:
+        self.number = number
+
+    def __repr__(self) -> str:
+        return "{} {}".format(*self.number)
+
+
+def regions(graph: fx.Graph) -> list[Region]:
+    """The recording as regions, in order; those of one form have the same outputs. Raises `Uncut`.
+
+    They hold all operations but for `get_attr` and the views that are taken outside.
+    """
+    aliases = Aliases(graph)
+    units = _units(graph)
+    tokens = [_token(unit) for unit in units]
+
+    def crossing(repeat: Repeat) -> int:
+        """How much passes in and out of a region if it begins here."""
+        start = repeat.starts[len(repeat.starts) // 2]
+        region = Region([node for unit in units[start : start + repeat.length] for node in unit], aliases)
+        return len(region.inputs) + len(region.escapes())
+
+    found = repeats(tokens, SHORTEST, LEAST, crossing)
+    if not found:
+        raise Uncut("nothing in it repeats")
+    begins = {start for repeat in found for start in repeat.starts}
+    ends = {start + repeat.length for repeat in found for start in repeat.starts}
+    cuts = sorted({0, len(units), *begins, *ends})
+    made = [Region([node for unit in units[a:b] for node in unit], aliases) for a, b in pairwise(cuts)]
+    made = [region for region in made if region.nodes]
+    _set_outputs(made)
+    return made
+
+
+def _set_outputs(made: Iterable[Region]) -> None:
+    alike: dict[Hashable, list[Region]] = {}
+    for region in made:
+        alike.setdefault(region.form(), []).append(region)
+    for group in alike.values():
+        outputs = sorted(set().union(*(region.escapes() for region in group)))
+        for region in group:
+            region.outputs = outputs
+
+
+def _units(graph: fx.Graph) -> list[list[fx.Node]]:
+    """The operations, each with what takes its results apart."""
+    units: list[list[fx.Node]] = []
+    owner: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target is operator.getitem:
+            owner[_tensor(node.args[0])].append(node)
+            continue
+        owner[node] = [node]
+        units.append(owner[node])
+    return units
+
+
+def _token(unit: Sequence[fx.Node]) -> Hashable:
+    """What an operation is, apart from what it is given; of a view, not even where it looks."""
+    node = unit[0]
+    kind = tuple(one.meta.get("kind", ((),))[0] for one in unit)
+    args = "" if describe(node.target).is_view else _described(node, lambda _: ("", 0))[1:]
+    return node.target, args, kind
+
+
+def _tensor(value: Any) -> fx.Node:
+    assert isinstance(value, fx.Node)
+    return value
