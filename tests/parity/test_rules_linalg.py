@@ -33,6 +33,7 @@ CASES = [
     case(_aten.linalg_lu_solve.default, _LU[0][:1], _LU[1][:1], of(1, 3, 4), name="a single one", **_FORWARD),
     case(_aten.lu_unpack.default, *_LU, **_FORWARD),
     case(_aten.lu_unpack.default, _LU[0][0], _LU[1][0], name="one matrix", **_FORWARD),
+    case(_aten.lu_unpack.default, *_LU, False, True, name="pivots alone", **_FORWARD),
     case(_aten.ormqr.default, _QR, _TAU, of(3, 4), **_DOUBLE),
     case(_aten.ormqr.default, _QR, _TAU, of(4, 3), False, True, name="from the right", **_DOUBLE),
 ]

@@ -36,7 +36,7 @@ def _leading(call: Any, ranks: tuple[int, ...]) -> Any:
         (lead,) = leads
         rows = [_in_a_row(value, lead, rank) for value, rank in zip(own, ranks, strict=True)]
         out = call(*rows, *args[len(own) :], **kwargs)
-        return tree_map(lambda made: made.reshape(*lead, *made.shape[1:]), out), 0
+        return tree_map(lambda made: _as_before(made, lead), out), 0
 
     return rule
 
@@ -48,6 +48,11 @@ for _op, _ranks in RANKS.items():
 def _in_a_row(value: torch.Tensor, lead: torch.Size, rank: int) -> torch.Tensor:
     own = value.shape[-rank:]
     return value.expand(*lead, *own).reshape(lead.numel(), *own)
+
+
+def _as_before(made: torch.Tensor, lead: torch.Size) -> torch.Tensor:
+    """A result with its leading dimensions; what was not asked for (`unpack_data=False`) has none."""
+    return made.new_empty(lead[0], 0) if made.shape == (0,) else made.reshape(*lead, *made.shape[1:])
 
 
 def _is_vector(a: Any, b: Any) -> bool:
