@@ -172,3 +172,11 @@ def test_a_missing_compiler_is_told() -> None:
         found[name] = run.stdout.strip()
     assert found["g++"] == "found"
     assert "compiler" in found["/nonexistent/c++"]
+
+
+def test_where_the_compiler_keeps_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks: plans would be remembered where nobody looks for them, or clears them away."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert inductor.cache_folder() == tmp_path
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    assert "torchinductor" in inductor.cache_folder().name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import nn
 
 import memberwise
 from memberwise import optim
-from memberwise.capture import compile, plan
+from memberwise.capture import chunks, compile, plan
+from memberwise.capture.remembered import Plan, Remembered
 from memberwise.construction import build, stack
 from memberwise.trees import each
 from tests.parity.test_capture import INPUTS, training
@@ -196,33 +198,109 @@ def test_a_failing_trial_changes_nothing_either() -> None:
             twins.call(x)
 
 
-@pytest.mark.parametrize("faster", [True, False])
-def test_auto_takes_the_faster(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock is ours, so that the choice is: nothing is timed."""
-    world = training("mlp", "sgd", members=4)
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where plans are remembered in a test."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    return tmp_path / "memberwise"
+
+
+class Clock:
+    """Programs take as long as their chunks are said to: nothing is timed."""
+
+    def __init__(self, **seconds: float) -> None:
+        self.seconds = seconds
+        self.asked = 0
+
+    def __call__(self, *runs: Any) -> list[float]:
+        self.asked += 1
+        return [self.seconds[f"of_{run.size}" if isinstance(run, chunks.Chunks) else "whole"] for run in runs]
+
+
+def _planned(clock: Clock, monkeypatch: pytest.MonkeyPatch, members: int = 4) -> Any:
+    """A step that was planned by such a clock."""
+    torch.manual_seed(0)
+    world = training("mlp", "sgd", members=members)
     captured = compile(world.step, backend="fx").captured
     monkeypatch.setattr(captured._compiled, "backend", "inductor")
     monkeypatch.setattr("memberwise.capture.step.compiler_missing", lambda: "")
     monkeypatch.setattr("memberwise.capture.cache.compile_graph", lambda graph, inputs, trial: graph.forward)
-    monkeypatch.setattr(plan.Planner, "_seconds", lambda self, *runs: [1.0, 0.5 if faster else 2.0][: len(runs)])
+    monkeypatch.setattr(plan.Planner, "_seconds", clock)
     x = INPUTS["mlp"][1]()
     for _ in range(4):
         captured((x,), {})
+    return captured
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_auto_takes_the_faster(faster: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = _planned(Clock(whole=1.0, of_1=0.5 if faster else 2.0), monkeypatch)
     assert captured.plans[0].startswith("one at a time" if faster else "all at once")
-    assert isinstance(captured.programs[0].run, plan.Chunks) == faster
+    assert isinstance(captured.programs[0].run, chunks.Chunks) == faster
 
 
-def test_auto_does_not_try_what_cannot_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan.Planner, "_seconds", lambda self, *runs: [plan.WORTH * 3.9])
-    world = training("mlp", "sgd", members=4)
-    captured = compile(world.step, backend="fx").captured
-    x = INPUTS["mlp"][1]()
-    for _ in range(3):
-        captured((x,), {})
-    planner = plan.Planner(captured.programs[0], captured.programs[0].values, None, None, [])  # type: ignore[arg-type] # unused
-    run, text = planner.faster()
-    assert run is captured.programs[0].run
-    assert "us a member" in text
+@pytest.mark.parametrize(
+    ("seconds", "size"),
+    [
+        ({"whole": 1.0, "of_1": 0.5, "of_8": 0.25}, 8),
+        ({"whole": 1.0, "of_1": 0.5, "of_8": 0.75}, 1),
+        ({"whole": 1.0, "of_1": 2.0, "of_8": 0.75}, 8),
+        ({"whole": 1.0, "of_1": 2.0, "of_8": 1.5}, 0),
+    ],
+)
+def test_auto_tries_several_sizes(
+    seconds: dict[str, float], size: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = _planned(Clock(**seconds), monkeypatch, members=17)
+    run = captured.programs[0].run
+    assert (run.size if isinstance(run, chunks.Chunks) else 0) == size
+    assert captured.plans[0].count(" ms ") == 3
+
+
+def test_auto_stops_where_its_budget_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "BUDGET", -1.0)
+    captured = _planned(Clock(whole=1.0, of_1=0.5), monkeypatch, members=17)
+    assert captured.plans == ["one at a time: 1000.00 ms all at once, 500.00 ms one at a time"]
+
+
+def test_auto_does_not_try_what_cannot_pay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(whole=plan.WORTH * 1.9)
+    captured = _planned(clock, monkeypatch)
+    assert "us a member" in captured.plans[0]
+    assert clock.asked == 1
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_plan_is_remembered(faster: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another step of the same operations measures nothing; with another number of members it is another step."""
+    clock = Clock(whole=1.0, of_1=0.5 if faster else 2.0)
+    first = _planned(clock, monkeypatch)
+    asked = clock.asked
+    second = _planned(clock, monkeypatch)
+    assert clock.asked == asked
+    assert second.plans == [f"{first.plans[0]}, as measured before"]
+    assert isinstance(second.programs[0].run, chunks.Chunks) == faster
+    _planned(clock, monkeypatch, members=5)
+    assert clock.asked > asked
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"size": "many", "text": ""}'])
+def test_a_plan_that_cannot_be_read_is_none(text: str, folder: Path) -> None:
+    kept = Remembered("a step")
+    assert kept.get() is None
+    kept.put(Plan(3, "why"))
+    assert Remembered("a step").get() == Plan(3, "why")
+    assert Remembered("another").get() is None
+    (path,) = folder.iterdir()
+    path.write_text(text)
+    assert kept.get() is None
+
+
+def test_a_plan_that_cannot_be_kept_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memberwise").write_text("a file where the folder would be")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    Remembered("a step").put(Plan(3, "why"))
+    assert Remembered("a step").get() is None
 
 
 @pytest.mark.parametrize(
@@ -237,7 +315,7 @@ def test_auto_does_not_try_what_cannot_pay(monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_what_counts_as_rounding(ours: list[float], other: list[float], agree: bool) -> None:
-    assert plan._agree(torch.tensor(ours), torch.tensor([1.0, 2.0]), torch.tensor(other)) == agree
+    assert chunks._agree(torch.tensor(ours), torch.tensor([1.0, 2.0]), torch.tensor(other)) == agree
 
 
 def test_each_member_has_a_scale_of_its_own() -> None:
@@ -245,10 +323,10 @@ def test_each_member_has_a_scale_of_its_own() -> None:
     theirs = torch.tensor([[1e6, 2e6], [1e-6, 2e-6]])
     ours = theirs.clone()
     ours[1] *= 2
-    assert not plan._agree(ours, theirs, theirs)
-    assert plan._agree(theirs * (1 + 1e-6), theirs, theirs)
-    assert plan._agree(torch.tensor([1, 2]), torch.tensor([1, 2]), torch.tensor([1, 2]))
-    assert not plan._agree(torch.tensor([1, 2]), torch.tensor([1, 3]), torch.tensor([1, 2]))
+    assert not chunks._agree(ours, theirs, theirs)
+    assert chunks._agree(theirs * (1 + 1e-6), theirs, theirs)
+    assert chunks._agree(torch.tensor([1, 2]), torch.tensor([1, 2]), torch.tensor([1, 2]))
+    assert not chunks._agree(torch.tensor([1, 2]), torch.tensor([1, 3]), torch.tensor([1, 2]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -285,7 +363,8 @@ def test_large_state_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
         captured((x,), {})
     program = captured.programs[0]
     assert not program.can_copy(program.values)
-    assert "too large" in plan.Planner(program, program.values, None, None, []).faster()[1]  # type: ignore[arg-type] # unused
+    planner = plan.Planner(program, program.values, None, None, [])  # type: ignore[arg-type] # unused
+    assert "too large" in planner.plan(Remembered("unused"))[1]
 
 
 @pytest.mark.parametrize("chunk", [0, -1, True, 1.5, "all"])

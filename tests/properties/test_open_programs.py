@@ -27,9 +27,12 @@ OPEN = {
     ),
     "a write into the gaps of a view": (
         _program(
-            ("rrelu", 0, 0, ""), ("stride", 4, 0, ""), ("as_strided", 7, 0, ""), ("dropout in place", 8, 0, ""),
+            ("rrelu", 0, 0, ""),
+            ("stride", 4, 0, ""),
+            ("as_strided", 7, 0, ""),
+            ("dropout in place", 8, 0, ""),
             backward="once",
-        ),  # fmt: skip
+        ),
         "torch takes a view of a subclass anew by way of the view between (32653)",
     ),
     "a view of an input, with gradients off": (

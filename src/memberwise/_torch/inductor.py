@@ -1,7 +1,7 @@
 """The compiler behind a recorded step: torch's Inductor, and whether it has a C++ compiler to call.
 
 `torch._inductor.compile` is documented, and listed in no public namespace. Missing is a public way to compile an
-fx graph that writes to its inputs, and a public question "is there a compiler?".
+fx graph that writes to its inputs, and public questions: "is there a compiler?", "where is what it has made?".
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,13 @@ def without_onednn() -> Iterator[None]:
         yield
     finally:
         torch._C._set_mkldnn_enabled(before)
+
+
+def cache_folder() -> Path:
+    """Where Inductor keeps what it has compiled: `$TORCHINDUCTOR_CACHE_DIR`, or a folder of the user's for such."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
 
 
 def compiler_missing() -> str:

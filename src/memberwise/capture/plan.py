@@ -1,233 +1,94 @@
 """How many members run at once: all, or a few at a time, whichever is faster on the user's own step.
 
-A step that treats members alike can be recorded for a few of them, and that program run for one chunk of members
-after the other, on views of the state. Whether a step is of that kind is not proved but tried: it is recorded on
-copies of the first members' state, and what the program for few gives, chunk after chunk on copies of everything,
-must be what the program for all gives. What is cut along which axis shows in the shapes of the two.
+Measured at a step's first use, on copies of its state, and remembered on disk (`memberwise.capture.remembered`).
 """
 
 from __future__ import annotations
 
+import math
 import time
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import fx
 
-from memberwise._torch.identity import memory_key
-from memberwise.capture.excerpt import Excerpt, Stacked
-from memberwise.capture.program import Program, copied
-from memberwise.testing.tolerance import tolerance
-
-Run = Callable[..., Sequence[torch.Tensor]]
+from memberwise.capture.chunks import Chunker, Run, Unfit
+from memberwise.capture.remembered import Plan, Remembered
 
 WORTH = 150e-6
-"""Seconds a member takes, when all run at once, below which chunks are not tried: no compiled program is called for
-less (a step with AdamW of an MLP, M = 1: 90 to 110 us), and to compile another takes seconds."""
+"""Seconds that a chunk takes, at least, to be tried: no compiled program is called for less (a step with AdamW of an
+MLP, M = 1: 90 to 110 us), and to compile another takes seconds."""
+
+GROWTH = 8
+"""How many times as many members each candidate has."""
+
+BUDGET = 60.0
+"""Seconds after which no further candidate is compiled."""
 
 TRIAL = 0.2
 """Seconds for which each candidate is timed."""
 
 
-NOISE = 10
-"""How many times as much as after a nudge of all inputs in their last bit the results of chunks may differ."""
+def sizes(members: int, seconds: float) -> list[int]:
+    """Members of a chunk, of each candidate, for a step that takes `seconds` for all.
 
-
-class Unfit(Exception):
-    """Why a step cannot run in chunks of members."""
-
-
-class Chunks:
-    """A program for few members that serves for all, chunk after chunk; called like the program for all.
-
-    Attributes:
-        run: the program for `size` members.
-        rest: the program for those left over, or None.
-        sources: for each of its inputs: the position among the inputs for all, and the member axis (None: not cut).
-        axes: the member axis of each output.
+    >>> sizes(100, 0.1), sizes(1000, 0.01), sizes(16, 0.0001)
+    ([1, 8], [15, 120], [])
     """
-
-    def __init__(self, run: Run, rest: Run | None, size: int, sources: list[tuple[int, int | None]]) -> None:
-        self.run = run
-        self.rest = rest
-        self.size = size
-        self.sources = sources
-        self.axes: list[int] = []
-
-    def parts(self, *inputs: torch.Tensor) -> list[Sequence[torch.Tensor]]:
-        """The outputs of each chunk; state is written in place."""
-        cut = [(inputs[k], None) if dim is None else (inputs[k].split(self.size, dim), dim) for k, dim in self.sources]
-        count = max(len(pieces) for pieces, dim in cut if dim is not None)
-        outputs = []
-        for chunk in range(count):
-            run = self.rest if self.rest is not None and chunk == count - 1 else self.run
-            outputs.append(run(*(pieces if dim is None else pieces[chunk] for pieces, dim in cut)))
-        return outputs
-
-    def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        """What the program for all returns."""
-        columns = zip(*self.parts(*inputs), strict=True)
-        return [torch.cat(column, dim) for column, dim in zip(columns, self.axes, strict=True)]
+    size, found = max(1, math.ceil(WORTH * members / seconds)), []
+    while 2 * size <= members:
+        found.append(size)
+        size *= GROWTH
+    return found
 
 
-class Planner:
-    """Finds chunks for one recording.
+class Planner(Chunker):
+    """Chooses how one recording runs."""
 
-    Args:
-        whole: the recording, compiled.
-        values: those of the call.
-        record: records the step anew, for the members that the state holds.
-        compiled: makes a graph a function.
-        marked: arguments given with `each()`.
-    """
-
-    def __init__(
-        self,
-        whole: Program,
-        values: Sequence[torch.Tensor],
-        record: Callable[[], Program],
-        compiled: Callable[[fx.GraphModule, Sequence[torch.Tensor], Callable[[], Sequence[torch.Tensor]]], Run],
-        marked: Sequence[Stacked],
-    ) -> None:
-        self.whole = whole
-        self.values = values
-        self.record = record
-        self.compiled = compiled
-        self.marked = marked
-
-    def faster(self) -> tuple[Run, str]:
-        """All members at once, or one at a time; and why."""
-        whole = self._run()
-        members = self.whole.members
+    def plan(self, remembered: Remembered, clock: Callable[[], float] = time.monotonic) -> tuple[Run, str]:
+        """All members at once, or so many at a time; and why."""
+        whole, members = self._run(), self.whole.members
         if members < 2:
             return whole, "all at once: fewer than two members are known of"
         if not self.whole.can_copy(self.values):
             return whole, "all at once: the state is too large to try chunks on copies"
-        (seconds,) = self._seconds(whole)
-        if seconds / members < WORTH:
-            return whole, f"all at once: {seconds / members * 1e6:.0f} us a member"
-        try:
-            single = self.chunks(1)
-        except Unfit as reason:
-            return whole, f"all at once: one at a time, {reason}"
-        seconds, alone = self._seconds(whole, single)
-        text = f"{seconds * 1e3:.2f} ms all at once, {alone * 1e3:.2f} ms one at a time"
-        return (single, f"one at a time: {text}") if alone < seconds else (whole, f"all at once: {text}")
+        known = remembered.get()
+        if known is not None:
+            return self._as_known(known)
+        run, plan = self._measured(members, clock)
+        remembered.put(plan)
+        return run, plan.text
 
-    def chunks(self, size: int) -> Chunks:
-        """Chunks of `size` members, tried; raises `Unfit`."""
-        members = self.whole.members
-        if not members:
-            raise Unfit("no stack and no optimizer of Memberwise is within its reach")
-        if any(slots.apart for slots in self.whole.stacks):
-            raise Unfit("members are in different modes")
-        if any(slots.differs for slots in self.whole.stacks):
-            raise Unfit("members differ outside their tensors")
-        if len({slots.size() for slots in self.whole.stacks}) > 1:
-            raise Unfit("the stacks have different numbers of members")
-        reasons = []
-        for stacked in self._guesses():
+    def _as_known(self, plan: Plan) -> tuple[Run, str]:
+        if not plan.size:
+            return self._run(), f"{plan.text}, as measured before"
+        try:
+            return self.chunks(plan.size), f"{plan.text}, as measured before"
+        except Unfit as reason:  # a step of the same operations may be of another kind
+            return self._run(), f"all at once: {_told(plan.size)}, {reason}"
+
+    def _measured(self, members: int, clock: Callable[[], float]) -> tuple[Run, Plan]:
+        best, size, end = self._run(), 0, clock() + BUDGET
+        (seconds,) = self._seconds(best)
+        candidates = sizes(members, seconds)
+        if not candidates:
+            return best, Plan(0, f"all at once: {seconds / members * 1e6:.0f} us a member")
+        told = []
+        for candidate in candidates:
             try:
-                return self._tried(stacked, size, members)
+                chunks = self.chunks(candidate)
             except Unfit as reason:
-                reasons.append(str(reason))
-        raise Unfit(reasons[0])
-
-    def _guesses(self) -> list[list[Stacked]]:
-        """What may have a member axis: the state and what `each()` marks; or else all that is of that size."""
-        known = {id(entry.tensor): entry for entry in (*map(Stacked, self.whole.stacked), *self.marked)}
-        others = [
-            Stacked(value) for value in self._inputs()
-            if value.ndim and value.shape[0] == self.whole.members and id(value) not in known
-            and not getattr(value, "_memberwise_shared", False)
-        ]  # fmt: skip
-        return [[*known.values()], [*known.values(), *others]] if others else [[*known.values()]]
-
-    def _inputs(self) -> list[torch.Tensor]:
-        """The graph's inputs that are neither drawn nor gradients."""
-        other = {index for index, _ in (*self.whole.draws, *self.whole.grads_in)}
-        return [value for index, value in enumerate(self.values[: self.whole.count]) if index not in other]
-
-    def _tried(self, stacked: list[Stacked], size: int, members: int) -> Chunks:
-        run, sources = self._recorded(stacked, size, members)
-        rest = self._recorded(stacked, members % size, members)[0] if members % size else None
-        chunks = Chunks(run, rest, size, sources)
-        self._compare(chunks, members)
-        return chunks
-
-    def _recorded(self, stacked: list[Stacked], size: int, members: int) -> tuple[Run, list[tuple[int, int | None]]]:
-        """The program for `size` members, and where its inputs come from."""
-        whole = self.whole
-        shapes = [value.shape for value in self.values]
-        leaves = [self.values[index] for index in whole.leaves]
-        places = [place for place, _ in whole.stores]
-        outside: dict[str, Any] = dict(leaves=leaves, places=places, generators=whole.generators, stacks=whole.stacks)
-        known = {id(entry.tensor) for entry in stacked}
-        written = [Stacked(value, None) for value in self._inputs() if memory_key(value) in whole.written]
-        written = [entry for entry in written if id(entry.tensor) not in known]
-        with Excerpt([*stacked, *written], size, **outside), warnings.catch_warnings(action="ignore"):
-            try:
-                part = self.record()
-            except Exception as error:  # a step may index members, or need all of them
-                raise Unfit(f"it cannot be recorded for {size}: {error}") from error
-            own = [value.shape for value in part.values[: part.count]]
-            is_written = [memory_key(value) in part.written for value in part.values[: part.count]]
-        positions = [self._position(part, index) for index in range(part.count)]
-        sources = [(k, _axis(shapes[k], shape, members, size)) for k, shape in zip(positions, own, strict=True)]
-        if any(changed and dim is None for changed, (_, dim) in zip(is_written, sources, strict=True)):
-            raise Unfit("it writes to a tensor that all members share")
-        inputs = [self.values[k] if dim is None else self.values[k].narrow(dim, 0, size) for k, dim in sources]
-        written = [memory_key(self.values[k]) in whole.written for k, _ in sources]
-        trial = lambda: [copied(x) if own else x for x, own in zip(inputs, written, strict=True)]  # noqa: E731 # short
-        try:
-            return self.compiled(part.graph, inputs, trial), sources
-        except Exception as error:  # whatever the compiler cannot do
-            raise Unfit(f"it cannot be compiled for {size}: {error}") from error
-
-    def _position(self, part: Program, index: int) -> int:
-        """The input of the whole program that is input `index` of the part's."""
-        drawn = [own for own, _ in part.draws]
-        leaves = {own: leaf for own, leaf in part.grads_in}
-        found = -1
-        if index in drawn and len(part.draws) == len(self.whole.draws):
-            found = self.whole.draws[drawn.index(index)][0]
-        elif index in leaves:
-            leaf = part.values[leaves[index]]
-            found = next((own for own, other in self.whole.grads_in if self.values[other] is leaf), -1)
-        else:
-            found = next((k for k, value in enumerate(self.values) if value is part.values[index]), -1)
-        if not 0 <= found < self.whole.count:
-            raise Unfit("it uses other tensors for fewer members")
-        return found
-
-    # -- trials, on copies
-
-    def _run(self) -> Run:
-        assert self.whole.run is not None
-        return self.whole.run
-
-    def _copies(self) -> list[torch.Tensor]:
-        return self.whole.copies(self.values)
-
-    def _compare(self, chunks: Chunks, members: int) -> None:
-        """Find the outputs' member axes; raises `Unfit` unless chunks give what the whole gives.
-
-        As it does, within rounding: by the table, or by what a nudge of all inputs in their last bit changes. (Where a
-        gradient is nothing but rounding, of a bias before BatchNorm, Adam makes whole steps of it.)
-        """
-        expected, nudged, found = self._copies(), [_nudged(value) for value in self._copies()], self._copies()
-        with torch.no_grad():
-            outputs, others, parts = self._run()(*expected), self._run()(*nudged), chunks.parts(*found)
-        axes = [_axis(out.shape, own.shape, members, chunks.size) for out, own in zip(outputs, parts[0], strict=True)]
-        if None in axes:
-            raise Unfit("it returns or keeps a value that is not one a member")
-        chunks.axes = [axis for axis in axes if axis is not None]
-        joined = [torch.cat(column, dim) for column, dim in zip(zip(*parts, strict=True), chunks.axes, strict=True)]
-        for ours, theirs, other in zip((*joined, *found), (*outputs, *expected), (*others, *nudged), strict=True):
-            if not _agree(ours, theirs, other):
-                raise Unfit("its results differ, so members depend on each other")
+                if not told:
+                    return best, Plan(0, f"all at once: {_told(candidate)}, {reason}")
+                break
+            now, own = self._seconds(best, chunks)
+            if not told:
+                told.append(f"{now * 1e3:.2f} ms all at once")
+            told.append(f"{own * 1e3:.2f} ms {_told(candidate)}")
+            if own < now:
+                best, size = chunks, candidate
+            if clock() > end:
+                break
+        return best, Plan(size, f"{_told(size)}: {', '.join(told)}")
 
     def _seconds(self, *runs: Run) -> list[float]:
         """The least time of each run, on copies, taken in turns: a busy machine slows all of them."""
@@ -244,39 +105,5 @@ class Planner:
         return best
 
 
-def _nudged(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in which each number is larger or smaller by its last bit."""
-    if not tensor.is_floating_point():
-        return tensor
-    generator = torch.Generator(tensor.device).manual_seed(0)
-    up = torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device).to(tensor.dtype)
-    return copied(tensor).mul_(1 + (2 * up - 1) * torch.finfo(tensor.dtype).eps)
-
-
-def _agree(ours: torch.Tensor, theirs: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether `ours` differs from `theirs` by rounding; `other` is `theirs` after a nudge of the inputs."""
-    if not (theirs.is_floating_point() or theirs.is_complex()):
-        return torch.equal(ours, theirs)
-    if not theirs.numel():
-        return True
-    if not torch.equal(ours.isfinite(), theirs.isfinite()):
-        return False
-    difference, noise, scale = map(_largest, (ours - theirs, other - theirs, theirs))
-    allowed = torch.maximum(tolerance(theirs.dtype)[0] * scale, NOISE * noise)
-    return bool((difference <= allowed).all())
-
-
-def _largest(tensor: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude of each row, of those that are finite."""
-    rows = tensor.reshape(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.reshape(1, -1)
-    return rows.abs().nan_to_num(0.0, 0.0, 0.0).amax(1)
-
-
-def _axis(all_of: Sequence[int], few: Sequence[int], members: int, size: int) -> int | None:
-    """The dimension in which two shapes differ as M and `size` do; None if they do not differ."""
-    if tuple(all_of) == tuple(few):
-        return None
-    differing = [dim for dim, (a, b) in enumerate(zip(all_of, few, strict=False)) if a != b]
-    if len(all_of) != len(few) or len(differing) != 1 or (all_of[differing[0]], few[differing[0]]) != (members, size):
-        raise Unfit(f"a tensor of shape {tuple(all_of)} is of shape {tuple(few)} for {size}")
-    return differing[0]
+def _told(size: int) -> str:
+    return "all at once" if not size else "one at a time" if size == 1 else f"{size} at a time"

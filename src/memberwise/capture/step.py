@@ -11,14 +11,16 @@ from memberwise._torch.dispatch import functorch_active, mode_depth
 from memberwise._torch.inductor import compiler_missing
 from memberwise.capture.arguments import Arguments
 from memberwise.capture.assembly import Assembly, Before, Refused
-from memberwise.capture.cache import Compiled
+from memberwise.capture.cache import Compiled, structure
+from memberwise.capture.chunks import Unfit
 from memberwise.capture.draws import host_states
 from memberwise.capture.excerpt import Stacked
-from memberwise.capture.plan import Planner, Unfit
+from memberwise.capture.plan import Planner
 from memberwise.capture.program import Program
 from memberwise.capture.reach import Reach, Unfollowed
 from memberwise.capture.record import Recorder
 from memberwise.capture.refusals import Refusal, warn
+from memberwise.capture.remembered import Remembered
 from memberwise.trees import tree_map
 
 KEPT = 8
@@ -104,7 +106,8 @@ class CapturedStep(Unfollowed):
         planner = Planner(program, values, lambda: self._recorded(args, kwargs), self._compiled.get, marked)
         if self.chunk == "auto":
             if self._compiled.backend == "inductor":
-                program.run, text = planner.faster()
+                kind = structure(program.graph, values[: program.count])
+                program.run, text = planner.plan(Remembered(kind))
                 self.plans.append(text)
             return
         if isinstance(self.chunk, int) and self.chunk < (program.members or self.chunk + 1):

@@ -1,0 +1,63 @@
+"""Plans, remembered on disk: what was measured once for a step on this machine is not measured again.
+
+One small file a step, named by what the plan depends on: the recorded operations and their shapes, versions, the
+processor, the number of threads. They lie beside what the compiler keeps, in `$TORCHINDUCTOR_CACHE_DIR`; a file that
+cannot be read or written is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from memberwise._torch.inductor import cache_folder
+
+
+class Plan(NamedTuple):
+    """How many members run at once (0: all), and why."""
+
+    size: int
+    text: str
+
+
+class Remembered:
+    """The plan of one step.
+
+    Args:
+        structure: equal for steps that compute the same from inputs of the same kind.
+    """
+
+    def __init__(self, structure: Any) -> None:
+        machine = platform.machine(), torch.backends.cpu.get_cpu_capability(), os.cpu_count(), torch.get_num_threads()
+        cards = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+        machine = *machine, cards, torch.__version__, version("memberwise")
+        self.name = hashlib.sha256(repr((structure, machine)).encode()).hexdigest()[:32]
+
+    def get(self) -> Plan | None:
+        """What was put here, by this process or another."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            known = json.loads(self._path().read_text())
+            return Plan(int(known["size"]), str(known["text"]))
+        return None
+
+    def put(self, plan: Plan) -> None:
+        """Keep it; another process sees the whole file, or none."""
+        path = self._path()
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent)
+            with os.fdopen(handle, "w") as file:
+                json.dump(plan._asdict(), file)
+            Path(name).replace(path)
+
+    def _path(self) -> Path:
+        return cache_folder() / "memberwise" / f"{self.name}.json"
