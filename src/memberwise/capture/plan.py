@@ -81,14 +81,12 @@ class Planner(Chunker):
                     return best, Plan(0, f"all at once: {_told(candidate)}, {reason}")
                 break
             now, own = self._seconds(best, chunks)
-            if not told:
-                told.append(f"{now * 1e3:.2f} ms all at once")
-            told.append(f"{own * 1e3:.2f} ms {_told(candidate)}")
+            told.append(f"{_told(candidate)} {own * 1e3:.2f} ms, {_told(size)} {now * 1e3:.2f}")
             if own < now:
                 best, size = chunks, candidate
             if clock() > end:
                 break
-        return best, Plan(size, f"{_told(size)}: {', '.join(told)}")
+        return best, Plan(size, f"{_told(size)}: {'; '.join(told)}")
 
     def _seconds(self, *runs: Run) -> list[float]:
         """The least time of each run, on copies, taken in turns: a busy machine slows all of them."""
