@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import fx
 
 from memberwise.capture.program import copied
+from memberwise.capture.progress import told
 from memberwise.capture.regions import Aliases, Region, Uncut, regions, written
 
 CALL = 25e-6
@@ -80,7 +82,13 @@ def by_regions(
         raise Uncut("too little of it repeats")
     if total <= LONG and len(found) * CALL > SHARE * _seconds(module, trial):
         raise Uncut("its calls would take too much of the step")
-    outline = _Outline(module, found, compiled).module()
+    done = itertools.count()
+
+    def counted(graph: fx.GraphModule, inputs: Any, trial: Any) -> Callable[..., Any]:
+        told("compiling a step, by what repeats", next(done), len(distinct))
+        return compiled(graph, inputs, trial)
+
+    outline = _Outline(module, found, counted).module()
     outline.forward(*trial())
     return outline.forward, len(found)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from memberwise.capture import progress
 from memberwise.capture.chunks import Chunker, Run, Unfit
 from memberwise.capture.remembered import Plan, Remembered
 
@@ -74,6 +75,7 @@ class Planner(Chunker):
             return best, Plan(0, f"all at once: {seconds / members * 1e6:.0f} us a member")
         told = []
         for candidate in candidates:
+            progress.told(f"compiling a step for members {_told(candidate)}")
             try:
                 chunks = self.chunks(candidate)
             except Unfit as reason:

@@ -17,6 +17,7 @@ from memberwise.capture.draws import host_states
 from memberwise.capture.excerpt import Stacked
 from memberwise.capture.plan import Planner
 from memberwise.capture.program import Program
+from memberwise.capture.progress import compiling
 from memberwise.capture.reach import Reach, Unfollowed
 from memberwise.capture.record import Recorder
 from memberwise.capture.refusals import Refusal, warn
@@ -72,7 +73,8 @@ class CapturedStep(Unfollowed):
             self.programs.remove(program)
             self.programs.insert(0, program)
         if program.run is None and not program.eager:
-            self._compile(program, values, args, kwargs)
+            with compiling():
+                self._compile(program, values, args, kwargs)
         if program.eager or self._eager:
             return self.step(*args, **kwargs)
         self.replayed += 1
