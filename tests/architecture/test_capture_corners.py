@@ -181,3 +181,32 @@ def test_where_the_compiler_keeps_things(tmp_path: Path, monkeypatch: pytest.Mon
     assert inductor.cache_folder() == tmp_path
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     assert "torchinductor" in inductor.cache_folder().name
+
+
+def test_a_compiled_graph_is_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks: each process would compile anew. Inductor looks on disk only where shapes have an environment."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.compile", _asked_for_the_cache)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output((graph.call_function(torch.ops.aten.sin.default, (x,)),))
+    counters.clear()
+    (found,) = inductor.compile_graph(fx.GraphModule({}, graph), [torch.ones(2, 3)], None)
+    assert found == ("", torch.Size([2, 3]))
+
+
+def _asked_for_the_cache(module: fx.GraphModule, inputs: list[torch.Tensor], options: object = None) -> object:
+    """Why Inductor would not look for this graph on disk ("": it would), and the shape that it is shown."""
+    from torch._inductor.codecache import BypassFxGraphCache, FxGraphCache
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    (shown,) = inputs
+    assert isinstance(shown, FakeTensor)
+    try:
+        with torch._guards.tracing(torch._guards.TracingContext(shown.fake_mode)):
+            FxGraphCache._check_can_cache(module, inputs, {})
+    except BypassFxGraphCache as error:
+        return [(str(error), shown.shape)]
+    return [("", shown.shape)]

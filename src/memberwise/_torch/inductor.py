@@ -46,11 +46,22 @@ def _compile(
 ) -> Callable[..., Any]:
     from torch import _inductor
 
-    compiled = _inductor.compile(copy.deepcopy(module), list(inputs), options=options)  # it may change what it gets
+    shown = _without_values(inputs)
+    compiled = _inductor.compile(copy.deepcopy(module), shown, options=options)  # it may change what it gets
     run: Any = compiled
     if trial is not None:
         run(*trial())
     return run
+
+
+def _without_values(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The inputs as Inductor would show them to itself, but with an environment for shapes, though all are fixed: only
+    then it looks for the graph among those that it keeps on disk."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    return [mode.from_tensor(value, static_shapes=True) for value in inputs]
 
 
 @contextmanager
