@@ -50,6 +50,10 @@ def grouped() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 8, 3))
 
 
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, affine=True), nn.ReLU(), nn.Conv2d(8, 8, 3))
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "a perceptron with dropout": (perceptron, (64, 32)),
     "convolutions and batch norm": (convolutions, (4, 3, 16, 16)),
@@ -59,6 +63,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "attention": (lambda: Attends(0.0), (4, 12, 32)),
     "attention with dropout": (lambda: Attends(0.1), (4, 12, 32)),
     "an LSTM": (lambda: nn.LSTM(16, 32, 2, batch_first=True), (4, 12, 16)),
+    "an RNN": (lambda: nn.RNN(16, 32, 2, batch_first=True), (4, 12, 16)),
+    "instance norm": (normed, (4, 3, 12, 12)),
 }
 
 

@@ -60,7 +60,8 @@ class Cell:
         order: range,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
         """Gradients by time of the input products and of the state's, (one list where they are the same), and of
-        the initial states. `before` are the states that the steps started from; `grads`, `last` may hold None."""
+        the initial states. `saved` are, where a step keeps nothing, the hidden states; `before` those that the steps
+        started from; `grads`, `last` may hold None."""
         raise NotImplementedError
 
 
@@ -142,7 +143,7 @@ class Gru(Cell):
         for t in order:
             own = torch.bmm(hidden, across) if held is None else torch.baddbmm(held, hidden, across)
             reset, update = (inputs[t][..., : 2 * features] + own[..., : 2 * features]).sigmoid_().chunk(2, 2)
-            own = own[..., 2 * features :]
+            own = own[..., 2 * features :].clone()  # or all three gates' products would be kept with it
             new = _tanh(torch.addcmul(inputs[t][..., 2 * features :], reset, own))
             by_time[t] = hidden = torch.lerp(new, hidden, update)
             saved[4 * t : 4 * t + 4] = reset, update, own, new
@@ -167,9 +168,9 @@ class Gru(Cell):
 
 
 class Rnn(Cell):
-    """Elman (1990)."""
+    """Elman (1990). A step keeps nothing: what it needs is the hidden state that it gave."""
 
-    kept = 1
+    kept = 0
 
     def __init__(self, name: str, function: Any, bend: Callable[..., torch.Tensor], unbend: Any) -> None:
         self.name, self.function, self.bend, self.unbend = name, function, bend, unbend
@@ -180,7 +181,7 @@ class Rnn(Cell):
         by_time: list[Any] = [None] * len(order)
         for t in order:
             by_time[t] = hidden = self.bend(torch.baddbmm(inputs[t], hidden, across))
-        return by_time, [hidden], by_time
+        return by_time, [hidden], []
 
     def back(self, saved: Any, weight: Any, before: Any, states: Any, grads: Any, last: Any, order: range) -> Any:
         (of_hidden,) = last

@@ -114,6 +114,7 @@ class Batched:
         steps = rows.shape[1]
         before = self._before(direction, out)
         grads = [None] * steps if grad is None else grad.unbind(1)
+        saved = saved or out.unbind(1)
         given = saved, direction.recurrent, before.unbind(1), direction.states, grads, last
         found, of_state, states = self.cell.back(*given, direction.order(steps))
         inputs = _joined(found)
