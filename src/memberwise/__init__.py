@@ -5,6 +5,7 @@ from memberwise.capture import compile
 from memberwise.construction import build, group, stack
 from memberwise.engine.boundary import vmap
 from memberwise.errors import MemberwiseError, StackWarning
+from memberwise.estimation import estimate
 from memberwise.functional import functional_call
 from memberwise.grouped import Group
 from memberwise.members import select
@@ -26,6 +27,7 @@ __all__ = [
     "compile",
     "each",
     "engine",
+    "estimate",
     "explain",
     "functional_call",
     "group",

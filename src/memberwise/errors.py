@@ -56,6 +56,7 @@ CODES: dict[str, str] = {
     "MW505": "a step cannot run in the chunks of members asked for",
     "MW601": "a stack deviates from what its members give alone",
     "MW602": "a stack fails where its members alone do not",
+    "MW603": "a wrong argument of estimate()",
 }
 """What each code means. MW1xx state, MW2xx engine, MW3xx Stack, MW4xx training, MW5xx capture, MW6xx checks."""
 

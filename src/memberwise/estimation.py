@@ -1,0 +1,180 @@
+"""estimate(): how much memory a member's step takes, and how many members fit."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from memberwise._torch.dispatch import DispatchMode
+from memberwise._torch.identity import is_plain, memory_key
+from memberwise._torch.pytree import tree_flatten
+from memberwise.engine.boundary import vmap
+from memberwise.errors import ArgumentError, fail
+from memberwise.generators import global_generators, restoring
+from memberwise.module import Stack
+from memberwise.outcomes import Case
+from memberwise.trees import tree_leaves, tree_map
+
+FEW, MORE = 3, 6
+"""Numbers of members with which a step is measured: what lies between is what three members take."""
+
+
+class Estimate(NamedTuple):
+    """What a step takes.
+
+    Attributes:
+        members: how many members fit into `available`.
+        per_member: bytes that each member takes at the peak of a step, with its parameters, gradients and what the
+            optimizer keeps for it.
+        base: bytes that are taken for all members together (what they share).
+        available: bytes that there are.
+    """
+
+    members: int
+    per_member: int
+    base: int
+    available: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.members} members fit into {_size(self.available)}: "
+            f"{_size(self.per_member)} a member, {_size(self.base)} for all"
+        )
+
+
+class Meter(DispatchMode):
+    """Counts the memory that operations make, below members, while it lives.
+
+    Attributes:
+        most: bytes that lived at one time, of those made under it. What a kernel makes for itself is not seen.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in `engine.ambient`: torch need not wrap the handler
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self.now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = _tensors((args, kwargs))
+        if not all(map(is_plain, leaves)):
+            return NotImplemented
+        before = {memory_key(leaf) for leaf in leaves}
+        out = func(*args, **(kwargs or {}))
+        for made in _tensors(out):
+            if is_plain(made) and made.layout is torch.strided and memory_key(made) not in before | self._known:
+                self._note(made)
+        return out
+
+    def _note(self, made: torch.Tensor) -> None:
+        storage, key = made.untyped_storage(), memory_key(made)
+        size = storage.nbytes()
+        self._known.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def estimate(
+    stack: Stack,
+    *inputs: Any,
+    loss_fn: Callable[..., Any] | None = None,
+    optimizer_copies: int = 2,
+    memory: int | None = None,
+) -> Estimate:
+    """How many members of this kind fit into memory, by a step of a few of them.
+
+    A step (forward, and backward if anything requires a gradient) is run with three members and with six, on copies,
+    and the memory that its operations make is counted. What kernels take for themselves while they run is not seen, so
+    leave some room: on a GPU, a tenth.
+
+    Shapes: inputs as in `stack(*inputs)`: shared, or `each(x)` with M first.
+
+    Args:
+        stack: any number of members, in the mode in which they shall run.
+        inputs: what the stack, or `loss_fn` after the model, is called with.
+        loss_fn: `loss_fn(model, *inputs)`, written for one model; by default the model's own outputs are summed.
+        optimizer_copies: tensors as large as a parameter that the optimizer keeps: 2 for Adam, 1 for momentum, 0.
+        memory: bytes that there are; by default what is free on the stack's device.
+
+    Returns:
+        the number of members, and what it is made of.
+
+    Raises:
+        ArgumentError: (a ValueError) `memory` or `optimizer_copies` is negative [MW603].
+
+    >>> import memberwise
+    >>> stack = memberwise.build(lambda: torch.nn.Linear(30, 20), seeds=range(2))
+    >>> found = estimate(stack, torch.ones(5, 30), memory=10**6)
+    >>> found.per_member >= 4 * (30 * 20 + 20) * 4           # parameters, gradients, Adam's two
+    True
+    >>> found.members == (found.available - found.base) // found.per_member
+    True
+    """
+    for name, value in (("memory", memory), ("optimizer_copies", optimizer_copies)):
+        if value is not None and value < 0:
+            fail(ArgumentError, "MW603", f"{name}: expected 0 or more, found {value}")
+    case = Case(stack, inputs, loss_fn)
+    taken = {count: _taken(case, count, optimizer_copies) for count in (FEW, MORE)}
+    per_member = max((taken[MORE] - taken[FEW]) // (MORE - FEW), 1)
+    base = max(taken[FEW] - FEW * per_member, 0)
+    available = _free(next(stack.parameters(), torch.empty(0)).device) if memory is None else memory
+    return Estimate(max((available - base) // per_member, 0), per_member, base, available)
+
+
+def _taken(case: Case, count: int, optimizer_copies: int) -> int:
+    """Bytes of state and of a step at its peak, with so many members."""
+    with restoring(global_generators()):
+        part = case.only([k % len(case.stack) for k in range(count)]).copied(wide=False)
+        parameters = [parameter for parameter in part.stack.parameters() if parameter.requires_grad]
+        state = sum(tensor.nbytes for tensor in part.tensors())
+        with Meter() as meter:
+            _step(part)
+        return state + meter.most + optimizer_copies * sum(parameter.nbytes for parameter in parameters)
+
+
+def _step(case: Case) -> None:
+    if case.loss_fn is None:
+        out = case.stack(*case.inputs)
+    else:
+        out = vmap(case.loss_fn, (0, *(tree_map(lambda _: None, entry) for entry in case.inputs)))(
+            case.stack, *case.inputs
+        )
+    roots = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    if roots:
+        torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    table = Path("/proc/meminfo")
+    if table.exists():  # what the system could free at once counts as free
+        lines = dict(line.split(":", 1) for line in table.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
