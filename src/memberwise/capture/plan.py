@@ -22,7 +22,7 @@ MLP, M = 1: 90 to 110 us), and to compile another takes seconds."""
 GROWTH = 8
 """How many times as many members each candidate has."""
 
-BUDGET = 60.0
+BUDGET = 20.0
 """Seconds after which no further candidate is compiled."""
 
 TRIAL = 0.2
