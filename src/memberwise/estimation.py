@@ -13,12 +13,11 @@ import torch
 from memberwise._torch.dispatch import DispatchMode
 from memberwise._torch.identity import is_plain, memory_key
 from memberwise._torch.pytree import tree_flatten
-from memberwise.engine.boundary import vmap
 from memberwise.errors import ArgumentError, fail
 from memberwise.generators import global_generators, restoring
 from memberwise.module import Stack
 from memberwise.outcomes import Case
-from memberwise.trees import tree_leaves, tree_map
+from memberwise.trees import tree_leaves
 
 FEW, MORE = 3, 6
 """Numbers of members with which a step is measured: what lies between is what three members take."""
@@ -54,10 +53,6 @@ class Meter(DispatchMode):
         most: bytes that lived at one time, of those made under it. What a kernel makes for itself is not seen.
     """
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # as in `engine.ambient`: torch need not wrap the handler
-
     def __init__(self) -> None:
         super().__init__()
         self.most = self.now = 0
@@ -67,15 +62,17 @@ class Meter(DispatchMode):
         leaves = _tensors((args, kwargs))
         if not all(map(is_plain, leaves)):
             return NotImplemented
-        before = {memory_key(leaf) for leaf in leaves}
+        given = {memory_key(leaf) for leaf in leaves}
         out = func(*args, **(kwargs or {}))
         for made in _tensors(out):
-            if is_plain(made) and made.layout is torch.strided and memory_key(made) not in before | self._known:
+            if is_plain(made) and made.layout is torch.strided and memory_key(made) not in given:
                 self._note(made)
         return out
 
     def _note(self, made: torch.Tensor) -> None:
         storage, key = made.untyped_storage(), memory_key(made)
+        if key in self._known:
+            return
         size = storage.nbytes()
         self._known.add(key)
         self.now += size
@@ -146,13 +143,7 @@ def _taken(case: Case, count: int, optimizer_copies: int) -> int:
 
 
 def _step(case: Case) -> None:
-    if case.loss_fn is None:
-        out = case.stack(*case.inputs)
-    else:
-        out = vmap(case.loss_fn, (0, *(tree_map(lambda _: None, entry) for entry in case.inputs)))(
-            case.stack, *case.inputs
-        )
-    roots = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    roots = [leaf for leaf in tree_leaves(case.outputs()) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     if roots:
         torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
 

@@ -60,6 +60,13 @@ class Case:
         inputs = [leaf.value if isinstance(leaf, Each) else leaf for leaf in tree_leaves(self.inputs)]
         return [*self.stack.parameters(), *self.stack.buffers(), *(t for t in inputs if isinstance(t, torch.Tensor))]
 
+    def outputs(self) -> Any:
+        """What the stack gives: one call for all members."""
+        if self.loss_fn is None:
+            return self.stack(*self.inputs)
+        dims = (0, *(tree_map(lambda _: None, entry) for entry in self.inputs))
+        return vmap(self.loss_fn, dims)(self.stack, *self.inputs)
+
     def copied(self, wide: bool) -> Case:
         """Copies of everything, for one run; in float64 if `wide`."""
         part = self.stack.select(range(len(self.stack)))
@@ -78,11 +85,7 @@ def together(case: Case, wide: bool = False) -> Outcome:
     run = case.copied(wide)
     stack, streams = run.stack, run.stack.generators or ()
     before = _standing(streams)
-    if run.loss_fn is None:
-        out = stack(*run.inputs)
-    else:
-        dims = (0, *(tree_map(lambda _: None, entry) for entry in run.inputs))
-        out = vmap(run.loss_fn, dims)(stack, *run.inputs)
+    out = run.outputs()
     tracked = [leaf.value if isinstance(leaf, Each) else leaf for leaf in _tracked(run.inputs)]
     grads = _gradients(out, [*stack.parameters(), *tracked], len(stack))
     names = _gradient_names(stack, len(tracked))

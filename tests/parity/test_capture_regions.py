@@ -166,7 +166,7 @@ def test_nothing_that_a_region_gives_on_is_a_view(name: str) -> None:
     for region in regions.regions(program.graph.graph):
         given = [region.nodes[k] for k in region.outputs]
         assert all(region.aliases.base(node) is node for node in given)
-        changed = outline.written_inputs(region)
+        changed = region.written_inputs()
         bases = [region.aliases.base(node) for node in region.inputs]
         assert all(bases.count(bases[k]) == 1 for k in changed), "what is written has one way in"
 

@@ -13,7 +13,7 @@ from torch import fx
 
 from memberwise.capture.program import copied
 from memberwise.capture.progress import told
-from memberwise.capture.regions import Aliases, Region, Uncut, regions, written
+from memberwise.capture.regions import Region, Uncut, regions
 
 CALL = 25e-6
 """Seconds that a region's call takes by itself, at most."""
@@ -35,20 +35,15 @@ class Call(torch.nn.Module):
 
     Args:
         region: the operations.
-        graph: they as a module.
         compiled: makes a graph a function.
         known: those made so far, by form and kinds of inputs.
     """
 
-    def __init__(
-        self, region: Region, graph: fx.GraphModule, compiled: Compile, known: dict[Hashable, Callable[..., Any]]
-    ) -> None:
+    def __init__(self, region: Region, compiled: Compile, known: dict[Hashable, Callable[..., Any]]) -> None:
         super().__init__()
-        self.form = region.form(), tuple(region.outputs)
-        self.graph = [graph]
+        self.region = region
         self.compiled = compiled
         self.known = known
-        self.writes = written_inputs(region)
         self.run: Callable[..., Any] | None = None
 
     def forward(self, *inputs: torch.Tensor) -> Any:
@@ -58,10 +53,11 @@ class Call(torch.nn.Module):
         return self.run(*inputs)
 
     def _made(self, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
-        key = self.form, tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
+        key = self.region.form, tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
         if key not in self.known:
-            trial = lambda: [copied(x) if k in self.writes else x for k, x in enumerate(inputs)]  # noqa: E731 # short
-            self.known[key] = self.compiled(self.graph[0], inputs, trial)
+            writes = self.region.written_inputs()
+            trial = lambda: [copied(x) if k in writes else x for k, x in enumerate(inputs)]  # noqa: E731 # short
+            self.known[key] = self.compiled(fx.GraphModule({}, self.region.graph()), inputs, trial)
         return self.known[key]
 
 
@@ -77,7 +73,7 @@ def by_regions(
     """
     found = regions(module.graph)
     total = sum(len(region.nodes) for region in found)
-    distinct = {region.form(): len(region.nodes) for region in found}
+    distinct = {region.form: len(region.nodes) for region in found}
     if sum(distinct.values()) > MOST * total:
         raise Uncut("too little of it repeats")
     if total <= LONG and len(found) * CALL > SHARE * _seconds(module, trial):
@@ -108,7 +104,7 @@ class _Outline:
     def __init__(self, module: fx.GraphModule, found: Sequence[Region], compiled: Compile) -> None:
         self.source = module
         self.regions = found
-        self.aliases = Aliases(module.graph)
+        self.aliases = found[0].aliases
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
         self.calls: dict[str, torch.nn.Module] = {}
@@ -128,7 +124,7 @@ class _Outline:
 
     def _call(self, region: Region) -> None:
         name = f"region_{len(self.calls)}"
-        self.calls[name] = Call(region, fx.GraphModule({}, region.graph()), self.compiled, self.known)
+        self.calls[name] = Call(region, self.compiled, self.known)
         made = self.graph.call_module(name, tuple(self._value(node) for node in region.inputs))
         for position, k in enumerate(region.outputs):
             self.values[region.nodes[k]] = self.graph.call_function(operator.getitem, (made, position))
@@ -140,9 +136,3 @@ class _Outline:
             assert self.aliases.is_view(node)
             self.values[node] = self.graph.node_copy(node, self._value)
         return self.values[node]
-
-
-def written_inputs(region: Region) -> set[int]:
-    """Which inputs a region writes."""
-    bases = {region.aliases.base(one) for node in region.nodes for one in written(node)}
-    return {k for k, node in enumerate(region.inputs) if region.aliases.base(node) in bases}

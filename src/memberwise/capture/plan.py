@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -45,7 +44,7 @@ def sizes(members: int, seconds: float) -> list[int]:
 class Planner(Chunker):
     """Chooses how one recording runs."""
 
-    def plan(self, remembered: Remembered, clock: Callable[[], float] = time.monotonic) -> tuple[Run, str]:
+    def plan(self, remembered: Remembered) -> tuple[Run, str]:
         """All members at once, or so many at a time; and why."""
         whole, members = self._run(), self.whole.members
         if members < 2:
@@ -55,7 +54,7 @@ class Planner(Chunker):
         known = remembered.get()
         if known is not None:
             return self._as_known(known)
-        run, plan = self._measured(members, clock)
+        run, plan = self._measured(members)
         remembered.put(plan)
         return run, plan.text
 
@@ -67,8 +66,8 @@ class Planner(Chunker):
         except Unfit as reason:  # a step of the same operations may be of another kind
             return self._run(), f"all at once: {_told(plan.size)}, {reason}"
 
-    def _measured(self, members: int, clock: Callable[[], float]) -> tuple[Run, Plan]:
-        best, size, end = self._run(), 0, clock() + BUDGET
+    def _measured(self, members: int) -> tuple[Run, Plan]:
+        best, size, end = self._run(), 0, time.monotonic() + BUDGET
         (seconds,) = self._seconds(best)
         candidates = sizes(members, seconds)
         if not candidates:
@@ -86,7 +85,7 @@ class Planner(Chunker):
             told.append(f"{_told(candidate)} {own * 1e3:.2f} ms, {_told(size)} {now * 1e3:.2f}")
             if own < now:
                 best, size = chunks, candidate
-            if clock() > end:
+            if time.monotonic() > end:
                 break
         return best, Plan(size, f"{_told(size)}: {'; '.join(told)}")
 

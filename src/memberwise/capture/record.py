@@ -22,7 +22,7 @@ from memberwise._torch.pytree import tree_flatten, tree_unflatten
 from memberwise.capture.draws import Draw, Streams, state_of
 from memberwise.capture.reads import HostReads
 from memberwise.capture.refusals import Refusal, user_line
-from memberwise.engine.operation import describe, has_mask
+from memberwise.engine.operation import describe, has_mask, written_among
 from memberwise.generators import default_generator
 
 _aten = torch.ops.aten
@@ -142,7 +142,7 @@ class Recorder(DispatchMode):
             self._constants(made)
             return
         args, kwargs = tree_unflatten([self._argument(leaf) for leaf in leaves], spec)
-        written = _written(func, *tree_unflatten(leaves, spec))
+        written = written_among(func, *tree_unflatten(leaves, spec))
         self._name_results(self._append(func, args, kwargs), out)
         self._note(made, written, fixed)
 
@@ -278,15 +278,6 @@ def _foreign(func: Any, leaves: list[Any]) -> Refusal | None:
 
 def _is_subclass(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and not is_plain(leaf)
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """The tensors among the arguments that an operation writes to."""
-    found: list[torch.Tensor] = []
-    for place in describe(func).written:
-        value = kwargs.get(place) if isinstance(place, str) else args[place] if place < len(args) else None
-        found += [x for x in (value if isinstance(value, list | tuple) else [value]) if x is not None]
-    return found
 
 
 def is_write(node: fx.Node) -> bool:

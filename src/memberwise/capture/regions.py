@@ -10,14 +10,15 @@ after the other are no difference.
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 from torch import fx
 
 from memberwise.capture.repeats import Repeat, repeats
-from memberwise.engine.operation import describe
+from memberwise.engine.operation import describe, written_among
 
 SHORTEST, LEAST = 20, 60
 """Operations of a region, at least, and how many must be saved for a stretch to become one."""
@@ -78,13 +79,9 @@ class Aliases:
             self._same[node], self._base[node] = self._same[argument], self._base[argument]
 
 
-def written(node: fx.Node) -> Iterator[fx.Node]:
+def _written(node: fx.Node) -> list[fx.Node]:
     """The nodes whose memory an operation writes."""
-    if node.op != "call_function" or node.target is operator.getitem:
-        return
-    for place in describe(node.target).written:
-        value = node.kwargs.get(place) if isinstance(place, str) else (*node.args, *[None] * place)[place]
-        yield from (one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, fx.Node))
+    return [] if node.target is operator.getitem else written_among(node.target, node.args, node.kwargs)
 
 
 class Region:
@@ -98,11 +95,11 @@ class Region:
 
     def __init__(self, nodes: Sequence[fx.Node], aliases: Aliases) -> None:
         self.aliases = aliases
-        self._changed = {aliases.base(one) for node in nodes for one in written(node)}
+        self._changed = {aliases.base(one) for node in nodes for one in _written(node)}
+        self._inside: set[fx.Node] = set()
         own = set(nodes)
-        looks = self._looks(nodes, own, set())
-        several = {base for base in self._changed - own if len(looks.get(base, ())) > 1}
-        self._inside = several
+        looks = self._looks(nodes, own)
+        self._inside = {base for base in self._changed - own if len(looks.get(base, ())) > 1}
         hoisted = {node for node in nodes if self._is_outside(node, own)}
         self.nodes = [node for node in nodes if node not in hoisted]
         self._own = set(self.nodes)
@@ -114,9 +111,8 @@ class Region:
         self._index = {node: k for k, node in enumerate(self.nodes)}
         self.outputs: list[int] = []
 
-    def _looks(self, nodes: Sequence[fx.Node], own: set[fx.Node], inside: set[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
+    def _looks(self, nodes: Sequence[fx.Node], own: set[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
         """By base outside, the tensors through which it is read, once views are taken outside."""
-        self._inside = inside
         found: dict[fx.Node, set[fx.Node]] = {}
         for node in nodes:
             if self._is_outside(node, own):
@@ -157,6 +153,7 @@ class Region:
             return "own", self._index[node]
         return ("chain", self.chains.index(node)) if node in self.chains else ("input", self.inputs.index(node))
 
+    @cached_property
     def form(self) -> Hashable:
         """Equal for regions that do the same."""
         return tuple(_described(node, self.number) for node in (*self.chains, *self.nodes)), len(self.inputs)
@@ -169,6 +166,10 @@ class Region:
             if base in self._own and any(user not in self._own for user in node.users):
                 found.add(self._index[base])
         return found
+
+    def written_inputs(self) -> set[int]:
+        """Which inputs it writes."""
+        return {k for k, node in enumerate(self.inputs) if self.aliases.base(node) in self._changed}
 
     def graph(self) -> fx.Graph:
         """The region as a graph: placeholders are `inputs`, it returns `outputs`."""
@@ -225,7 +226,7 @@ def regions(graph: fx.Graph) -> list[Region]:
 def _set_outputs(made: Iterable[Region]) -> None:
     alike: dict[Hashable, list[Region]] = {}
     for region in made:
-        alike.setdefault(region.form(), []).append(region)
+        alike.setdefault(region.form, []).append(region)
     for group in alike.values():
         outputs = sorted(set().union(*(region.escapes() for region in group)))
         for region in group:

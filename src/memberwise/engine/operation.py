@@ -100,6 +100,15 @@ def has_mask(indices: Iterable[Any]) -> bool:
     return any(isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices)
 
 
+def written_among(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """Those of the arguments that an operation writes to."""
+    found: list[Any] = []
+    for place in describe(func).written:
+        value = kwargs.get(place) if isinstance(place, str) else args[place] if place < len(args) else None
+        found += [x for x in (value if isinstance(value, list | tuple) else [value]) if x is not None]
+    return found
+
+
 _KNOWN: dict[Any, Operation] = {}
 
 
