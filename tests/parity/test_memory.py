@@ -54,6 +54,10 @@ def normed() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, affine=True), nn.ReLU(), nn.Conv2d(8, 8, 3))
 
 
+def upsampled() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(8, 8, 3))
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "a perceptron with dropout": (perceptron, (64, 32)),
     "convolutions and batch norm": (convolutions, (4, 3, 16, 16)),
@@ -63,8 +67,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "attention": (lambda: Attends(0.0), (4, 12, 32)),
     "attention with dropout": (lambda: Attends(0.1), (4, 12, 32)),
     "an LSTM": (lambda: nn.LSTM(16, 32, 2, batch_first=True), (4, 12, 16)),
+    "a GRU": (lambda: nn.GRU(16, 32, 2, batch_first=True), (4, 12, 16)),
     "an RNN": (lambda: nn.RNN(16, 32, 2, batch_first=True), (4, 12, 16)),
     "instance norm": (normed, (4, 3, 12, 12)),
+    "upsampling between convolutions": (upsampled, (4, 3, 12, 12)),
 }
 
 

@@ -59,9 +59,9 @@ class Cell:
         last: Sequence[Any],
         order: range,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-        """Gradients by time of the input products and of the state's, (one list where they are the same), and of
-        the initial states. `saved` are, where a step keeps nothing, the hidden states; `before` those that the steps
-        started from; `grads`, `last` may hold None."""
+        """Gradients by time of the input products; of the state's products where the two differ (their last gates;
+        else nothing); and of the initial states. `saved` are, where a step keeps nothing, the hidden states; `before`
+        those that the steps started from; `grads`, `last` may hold None."""
         raise NotImplementedError
 
 
@@ -121,7 +121,7 @@ class Lstm(Cell):
             found[t] = torch.cat(parts, 2)
             of_cell = of_cell * forget
             of_hidden = torch.bmm(found[t], weight)
-        return found, found, [of_hidden, of_cell]
+        return found, [], [of_hidden, of_cell]
 
 
 class Gru(Cell):
@@ -151,6 +151,7 @@ class Gru(Cell):
 
     def back(self, saved: Any, weight: Any, before: Any, states: Any, grads: Any, last: Any, order: range) -> Any:
         (of_hidden,) = last
+        shared = 2 * weight.shape[2]
         found: list[Any] = [None] * len(order)
         of_state: list[Any] = [None] * len(order)
         for t in reversed(order):
@@ -162,8 +163,9 @@ class Gru(Cell):
             of_new = _of_tanh(of_hidden - kept, new)
             gates = _of_sigmoid(of_new * own, reset), _of_sigmoid(of_hidden * (before[t] - new), update)
             found[t] = torch.cat((*gates, of_new), 2)
-            of_state[t] = torch.cat((*gates, of_new * reset), 2)
-            of_hidden = kept.baddbmm_(of_state[t], weight)
+            of_state[t] = of_new.mul_(reset)
+            of_hidden = kept.baddbmm_(found[t][..., :shared], weight[:, :shared])
+            of_hidden.baddbmm_(of_state[t], weight[:, shared:])
         return found, of_state, [of_hidden]
 
 
@@ -192,7 +194,7 @@ class Rnn(Cell):
                 of_hidden = torch.zeros_like(saved[t])
             found[t] = self.unbend(of_hidden, saved[t])
             of_hidden = torch.bmm(found[t], weight)
-        return found, found, [of_hidden]
+        return found, [], [of_hidden]
 
 
 def _of_positive(grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -115,22 +115,20 @@ class Batched:
         before = self._before(direction, out)
         grads = [None] * steps if grad is None else grad.unbind(1)
         saved = saved or out.unbind(1)
-        given = saved, direction.recurrent, before.unbind(1), direction.states, grads, last
-        found, of_state, states = self.cell.back(*given, direction.order(steps))
-        inputs = _joined(found)
-        hidden = _joined(of_state) if of_state else inputs
-        weights = [
-            batched(inputs.transpose(1, 2), _flat(rows)),
-            batched(hidden.transpose(1, 2), _flat(before)),
-            inputs.sum(1),
-            hidden.sum(1),
-        ]
-        return weights, states, batched(inputs, direction.weight).reshape(rows.shape) if deep else None
+        given = saved, direction.recurrent, before, direction.states, grads, last
+        found, differing, states = self.cell.back(*given, direction.order(steps))
+        products = _joined(found)
+        back = batched(products, direction.weight).reshape(rows.shape) if deep else None
+        weights = [batched(products.transpose(1, 2), _flat(rows)), products.sum(1)]
+        if differing:  # in place: to hold both would take more memory than M lone steps do
+            products[..., -out.shape[-1] :] = _joined(differing)
+        weights[1:1] = [batched(products.transpose(1, 2), _joined(before))]
+        return [*weights, products.sum(1)], states, back
 
-    def _before(self, direction: Direction, out: torch.Tensor) -> torch.Tensor:
-        """`(M, T, B, H)`: the hidden state that each step starts from."""
-        start = direction.states[0].unsqueeze(1)
-        return torch.cat([out[:, 1:], start] if direction.reverse else [start, out[:, :-1]], 1)
+    def _before(self, direction: Direction, out: torch.Tensor) -> list[torch.Tensor]:
+        """By time, `(M, B, H)`: the hidden state that each step starts from."""
+        start, hidden = direction.states[0], list(out.unbind(1))
+        return [*hidden[1:], start] if direction.reverse else [start, *hidden[:-1]]
 
 
 class Apart:
