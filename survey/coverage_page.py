@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from survey import records
-from survey.justified import EXPLAINED, unjustified, why
+from survey.justified import unjustified, why
 from survey.records import REFUSED, RIGHT, SLOW, WRONG, Record
 
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
@@ -43,9 +43,10 @@ HEAD = """# Coverage
 What happens to every module and operation that torch has test samples for, when members run it as a stack. Written by
 `make coverage` from the results of two sweeps, `survey/results/*.json`; nothing on this page is typed by hand.
 
-**right**: as the members alone, within the table of tolerances of `memberwise.testing`. **refused**: by an error with
-a code of [errors.md](errors.md). **wrong**: anything else. Paths are those that `memberwise.explain` tells:
-*rule*, *vmap* (torch's batching of that one operation), *loop* (that operation member by member), *retreat* (a module
+**right**: as the members alone, within the table of tolerances of `memberwise.testing`; of operations, where sums
+cancel and that fails, no further from float64 than twice what the members are, or than four units in the last place of
+the largest result. **refused**: by an error with a code of [errors.md](errors.md). **wrong**: anything else. Paths
+are those that `memberwise.explain` tells: *rule*, *vmap* (torch's batching of that one operation), *loop* (that operation member by member), *retreat* (a module
 or the whole function member by member). What took one of the last two has its reason at the end of each part. Where
 the column of torch.func is empty, that run holds no answer of it.
 """
@@ -155,11 +156,7 @@ def _op(op: str) -> str:
 
 def _faults(found: Sequence[Record]) -> str:
     """What is refused or wrong, in its own words."""
-    lines = [
-        f"- {r.name} ({r.variant}): {_plain(r.what)} {EXPLAINED.get(r.name, '')}".rstrip()
-        for r in found
-        if r.verdict != RIGHT
-    ]
+    lines = [f"- {r.name} ({r.variant}): {_plain(r.what)}" for r in found if r.verdict != RIGHT]
     return "\n".join(["### Not right\n", *lines]) + "\n" if lines else ""
 
 

@@ -3,7 +3,7 @@ operation and module that has a reason of its own. What has none is a fault."""
 
 from __future__ import annotations
 
-from survey.records import WRONG, Record
+from survey.records import Record
 
 BECAUSE: dict[str, tuple[str, ...]] = {
     "How many rows belong to each cluster depends on a member's targets: members' tensors differ in shape.": (
@@ -75,12 +75,6 @@ IN_THE_PROGRAM = {
 }
 """What `explain` says of any operation -> why nothing faster is right."""
 
-EXPLAINED = {
-    "nn.functional.conv_transpose3d": "Rounding: one of sums up to 839 is off by three units in the last place of the "
-    "largest, for all members' channels are one convolution, which adds in another order.",
-}
-"""What a recorded run calls wrong -> what it came to."""
-
 
 def why(record: Record, op: str) -> str:
     """The sentence for one operation that a record says ran member by member; "" where there is none."""
@@ -96,8 +90,3 @@ def unjustified(records: list[Record]) -> list[str]:
         for op, reason in record.slow.items()
         if not why(record, op)
     ]
-
-
-def unexplained(records: list[Record]) -> list[str]:
-    """`name (variant): what` of what is wrong, and nobody has said what it came to."""
-    return [f"{r.name} ({r.variant}): {r.what}" for r in records if r.verdict == WRONG and r.name not in EXPLAINED]

@@ -18,6 +18,9 @@ from survey.records import REFUSED, RIGHT, WRONG
 UNSET = frozenset(("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"))
 """Operations whose results hold whatever the memory held."""
 
+ROUNDING = 4.0
+"""Units in the last place of the largest number of a result, that a sum in another order may be off from float64."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -43,7 +46,7 @@ def judged(run: Outcome, loop: Outcome, trial: Trial, *, draws: bool = True) -> 
 
 
 def _compared(run: Outcome, loop: Outcome, values: bool, reference: Outcome | None) -> Verdict:
-    """`values`: not only shapes and types; of the `reference`, twice the loop's own distance is allowed."""
+    """`values`: not only shapes and types; of the `reference`, twice the loop's distance is allowed, and rounding."""
     if run.error is not None:
         return _judge_error(run.error, loop.error)
     if loop.error is not None:
@@ -118,7 +121,15 @@ def _close(own: torch.Tensor, alone: torch.Tensor, exact: torch.Tensor | None) -
     rtol, atol = tolerance(alone.dtype)
     if torch.allclose(own, alone, rtol, atol, equal_nan=True):
         return True
-    return exact is not None and _distance(own, exact) <= 2 * _distance(alone, exact)
+    return exact is not None and _distance(own, exact) <= max(2 * _distance(alone, exact), _rounding(alone))
+
+
+def _rounding(alone: torch.Tensor) -> float:
+    """What sums that cancel lose in another order: a few units in the last place of the largest result, which is not
+    larger than their terms. n terms may lose n units (Higham, Accuracy and Stability of Numerical Algorithms, 4.2)."""
+    if not alone.numel() or not (alone.is_floating_point() or alone.is_complex()):
+        return 0.0
+    return ROUNDING * torch.finfo(alone.dtype).eps * float(alone.abs().max())
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
