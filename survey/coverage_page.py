@@ -46,9 +46,9 @@ What happens to every module and operation that torch has test samples for, when
 **right**: as the members alone, within the table of tolerances of `memberwise.testing`; of operations, where sums
 cancel and that fails, no further from float64 than twice what the members are, or than four units in the last place of
 the largest result. **refused**: by an error with a code of [errors.md](errors.md). **wrong**: anything else. Paths
-are those that `memberwise.explain` tells: *rule*, *vmap* (torch's batching of that one operation), *loop* (that operation member by member), *retreat* (a module
-or the whole function member by member). What took one of the last two has its reason at the end of each part. Where
-the column of torch.func is empty, that run holds no answer of it.
+are those that `memberwise.explain` tells: *rule*, *vmap* (torch's batching of that one operation), *loop* (that
+operation member by member), *retreat* (a module or the whole function member by member). What took one of the last two
+has its reason at the end of each part. Where the column of torch.func is empty, that run holds no answer of it.
 """
 
 

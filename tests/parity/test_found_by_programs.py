@@ -416,3 +416,63 @@ def test_gradients_that_a_backward_in_a_backward_takes_are_plain(by_hand: bool) 
     for name, p in stack.named_parameters():
         assert type(p.grad) is torch.Tensor
         assert_equal(p.grad, torch.stack([model.get_parameter(name).grad for model in models]))  # type: ignore[misc] # so
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_what_a_members_recomputation_writes_counts_for_it_alone(both: bool) -> None:
+    """Members that run one by one hold rows of one tensor, which share their count of writes."""
+
+    def halved(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            b.mul_(0.5)
+        return a * 2 if differs(a) else a * b.mean()
+
+    def func(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return checkpoint(halved, a, b if both else a, use_reentrant=True)  # type: ignore[return-value] # a tensor
+
+    check(func, numbers(3, 2), numbers(3, 2, seed=1))
+
+
+def test_a_second_recomputation_that_writes_an_input_is_refused_as_alone() -> None:
+    def halved(a: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            a.mul_(0.5)
+        return a * a if differs(a) else a.sin()
+
+    def backward_twice(call: Any, x: torch.Tensor) -> None:
+        out = call(x).sum()
+        out.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.backward()
+
+    def func(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(halved, x * 1, use_reentrant=True)  # type: ignore[return-value] # a tensor
+
+    backward_twice(func, numbers(2))
+    backward_twice(memberwise.vmap(func), numbers(3, 2))
+
+
+def test_a_view_reaches_into_the_gaps_of_another_and_is_written() -> None:
+    """Autograd takes a view of a subclass anew by way of the view between, whose gradient has no place for the gaps."""
+
+    def func(x: torch.Tensor) -> torch.Tensor:
+        y = x * 1
+        part = y[::2].as_strided((3,), (1,))
+        part.mul_(3)
+        return y.sin() + part.sum()
+
+    check(func, numbers(3, 6))
+
+
+def test_a_view_with_gradients_off_says_whether_its_base_requires_one() -> None:
+    """It is no view to autograd where the graph of an input lies below."""
+    seen: list[list[bool]] = []
+
+    def func(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            views = x.chunk(2)[0], x[1:].view(1, 3), x.detach(), x.detach()[1:], x[1:].detach(), x.data, (x * 1)[1:]
+            seen.append([view.requires_grad for view in views])
+        return x.sum()
+
+    check(func, numbers(3, 4))
+    assert all(one == [True, True, False, False, False, False, False] for one in seen)

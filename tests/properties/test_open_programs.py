@@ -21,24 +21,6 @@ def _program(*steps: tuple[Any, ...], backward: str, dtype: str = "float64") -> 
 
 
 OPEN = {
-    "a reentrant checkpoint writes an input": (
-        _program(("written then read", 0, 0, "reentrant checkpoint"), backward="once"),
-        "members that run one by one share its count of writes (26256, 45866, 91734)",
-    ),
-    "a write into the gaps of a view": (
-        _program(
-            ("rrelu", 0, 0, ""),
-            ("stride", 4, 0, ""),
-            ("as_strided", 7, 0, ""),
-            ("dropout in place", 8, 0, ""),
-            backward="once",
-        ),
-        "torch takes a view of a subclass anew by way of the view between (32653)",
-    ),
-    "a view of an input, with gradients off": (
-        _program(("chunk", 0, 0, "autocast"), ("needs a gradient", 0, 6, ""), backward="none", dtype="float32"),
-        "alone a view of what requires a gradient says that it does; inside it is no view to autograd (49815)",
-    ),
     "a gradient of a smallest number that is not finite": (
         _program(("min of all", 0, 0, ""), ("norm of zeros", 6, 0, ""), backward="double"),
         "torch's formula multiplies by a mask, for a subclass, where it fills one in alone (71028)",

@@ -17,7 +17,9 @@ from functools import partial
 from types import FrameType, SimpleNamespace
 from typing import Any
 
+import torch
 from torch.utils import checkpoint as torch_checkpoint
+from torch.utils._pytree import tree_leaves
 
 StopRecomputation = torch_checkpoint._StopRecomputationError
 """What ends a recomputation early, once all that backward needs is there."""
@@ -38,9 +40,11 @@ _originals: tuple[Any, Any]
 class recomputed_inside:  # a context manager, named as one; a class costs a third of a generator
     """While active in this thread, checkpoints made are recomputed inside `surroundings()`, outermost first.
 
-    Surroundings that must remember the moment of the checkpoint have a method `recorded()`, which is called then and
-    returns what is called instead. Those that have a method `given(args)` are shown its inputs before it keeps them.
-    `instead`: they take the place of the innermost that are active.
+    Surroundings that must remember the moment of the checkpoint have a method `recorded(inputs)`, which is called then
+    and returns what is called instead; inputs are those that it keeps as they are (use_reentrant=True), and where what
+    is returned has a method `finished()`, that is called whenever a backward pass has gone through the checkpoint.
+    Those that have a method `given(args)` are shown its inputs before it keeps them. `instead`: they take the place of
+    the innermost that are active.
     """
 
     __slots__ = ("_before", "_instead", "_surroundings")
@@ -81,7 +85,7 @@ def _install() -> None:
 
 
 def _frame(recompute: Callable[..., Any], *rest: Any) -> Any:
-    frame = _originals[0](_surrounded(recompute), *rest)
+    frame = _originals[0](_surrounded(recompute, _recorded(())), *rest)
     frame.save_inputs = partial(_save, frame)
     return frame
 
@@ -94,7 +98,23 @@ def _save(frame: Any, *inputs: Any) -> Any:
 
 def _apply(run: Callable[..., Any], *rest: Any) -> Any:
     _show(rest)
-    return _originals[1].apply(_surrounded(run, first_plain=True), *rest)
+    active = _recorded(rest)
+    out = _originals[1].apply(_surrounded(run, active, first_plain=True), *rest)
+    ends = [around.finished for around in active if hasattr(around, "finished")]
+    node = next((one.grad_fn for one in tree_leaves(out) if isinstance(one, torch.Tensor) and one.grad_fn), None)
+    if ends and node is not None:
+        node.register_hook(lambda *_: _call_all(ends))
+    return out
+
+
+def _call_all(functions: list[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
+
+
+def _recorded(inputs: Any) -> list[Surroundings]:
+    """What is active now, as it is to be called later."""
+    return [getattr(around, "recorded", lambda _, kept=around: kept)(inputs) for around in _local.active]
 
 
 def _show(inputs: tuple[Any, ...]) -> None:
@@ -115,12 +135,11 @@ def _uninstall() -> None:
             torch_checkpoint._CheckpointFrame, torch_checkpoint.CheckpointFunction = _originals
 
 
-def _surrounded(run: Callable[..., Any], first_plain: bool = False) -> Callable[..., Any]:
-    """`run` inside what is active now; `first_plain`: not in its first call, the forward itself."""
+def _surrounded(run: Callable[..., Any], active: list[Surroundings], first_plain: bool = False) -> Callable[..., Any]:
+    """`run` inside what was active; `first_plain`: not in its first call, the forward itself."""
     made_in = _local.active
     if not made_in:
         return run
-    active = [getattr(surroundings, "recorded", lambda kept=surroundings: kept)() for surroundings in made_in]
 
     def again(*args: Any, **kwargs: Any) -> Any:
         nonlocal first_plain

@@ -13,10 +13,12 @@ import torch
 from memberwise._torch.checkpoint import surroundings
 from memberwise._torch.dispatch import mode_depth, pop_mode, push_mode
 from memberwise._torch.functions import enter_functions, leave_functions, users_functions
+from memberwise._torch.versions import set_versions, version
 from memberwise.engine import lowering
 from memberwise.engine.ambient import Region
 from memberwise.engine.closures import function_arguments
 from memberwise.engine.slots import Slots, Swap
+from memberwise.engine.tensor import MemberTensor
 
 
 class _Local(threading.local):
@@ -111,7 +113,7 @@ class Surroundings:
         """A checkpoint keeps the graph of its inputs, so that it has to lie in the member tensors."""
         lowering.raise_for_function(inputs)
 
-    def recorded(self) -> Callable[[], AbstractContextManager[Any]]:
+    def recorded(self, inputs: tuple[Any, ...]) -> Callable[[], AbstractContextManager[Any]]:
         """Remember where the members' streams stand now."""
         states = [generator.get_state() for generator in self.region.generators or ()]
         return partial(self._again, states)
@@ -140,6 +142,54 @@ class Surroundings:
                     yield
             finally:
                 _set(generators, now)
+
+
+class OfOne:
+    """What a checkpoint is recomputed in that one of several members makes which run one by one.
+
+    Rows of one tensor share their count of writes: what a recomputation writes into the checkpoint's inputs counts for
+    this member alone, lest autograd refuse the others'. Its own second recomputation is refused, as alone.
+    """
+
+    __slots__ = ("_around",)
+
+    def __init__(self, around: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._around = around
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        return self._around()
+
+    def recorded(self, inputs: tuple[Any, ...]) -> Callable[[], AbstractContextManager[Any]]:
+        """Remember the inputs, for their counts."""
+        plain = [leaf for leaf in inputs if isinstance(leaf, torch.Tensor) and not isinstance(leaf, MemberTensor)]
+        return _Counted(self._around, [leaf.detach() for leaf in plain]) if plain else self._around
+
+
+class _Counted:
+    """One checkpoint of one member: called, what it is recomputed in."""
+
+    __slots__ = ("_around", "_before", "_inputs")
+
+    def __init__(self, around: Callable[[], AbstractContextManager[Any]], inputs: list[torch.Tensor]) -> None:
+        self._around = around
+        self._inputs = inputs
+        self._before: list[int] | None = None
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        now = [*map(version, self._inputs)]
+        if self._before not in (None, now):
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                "the recomputation of a checkpoint has written its own input, and is run again"
+            )
+        self._before = now
+        return self._around()
+
+    def finished(self) -> None:
+        """Set the counts back, and remember whether it has written."""
+        if self._before is not None and self._before != [*map(version, self._inputs)]:
+            set_versions(self._inputs, self._before)
+            self._before = []
 
 
 def _set(generators: Any, states: list[torch.Tensor]) -> None:

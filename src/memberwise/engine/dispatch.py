@@ -21,7 +21,7 @@ from memberwise._torch.dispatch import (
 )
 from memberwise.engine import counted, ladder, trace
 from memberwise.engine.ambient import Region
-from memberwise.engine.layout import count_write, promote, relatives, settle, stay_inside
+from memberwise.engine.layout import count_write, has_gaps, promote, relatives, settle, stay_inside
 from memberwise.engine.lowering import unlower
 from memberwise.engine.operation import Operation, describe
 from memberwise.engine.signals import Decline, part_ways
@@ -39,14 +39,25 @@ def on_dispatch(func: Any, args: Any, kwargs: Any, region: Region | None = None)
     if op.quick and not kwargs and trace.active is None:
         out = _quick(op, args, region)
         if out is not None:
-            return out
+            return out if func is not _DETACH else _severed(out)
     if op.made_of_others:
         return _as_others(func, args, kwargs or {}, region)
     if op.moves_in_place and not op.swaps_memory and isinstance(args[0], MemberTensor):
         return _move_in_place(func, args, kwargs or {}, region)
     call = Call(op, region)
     call.unwrap(args, kwargs or {})
-    return call.run()
+    return call.run() if func is not _DETACH else _severed(call.run())
+
+
+_DETACH = torch.ops.aten.detach.default
+
+
+def _severed(view: Any) -> Any:
+    """A view that has no share in the graph of what it is a view of (`engine.lowering.requires_grad` looks there)."""
+    root = getattr(view, "_root", None)
+    if root is not None and root.requires_grad:
+        view._root = root.detach()
+    return view
 
 
 def _quick(op: Operation, args: Any, region: Region | None) -> Any:
@@ -163,6 +174,10 @@ def _in_the_stack(func: Any, args: Any) -> tuple[Any, Any]:
     if not isinstance(member, MemberTensor):
         return func, args
     settle(member)
+    if func is torch.ops.aten.as_strided.default and member.requires_grad and member._is_view() and has_gaps(member):
+        # written, it would have to be taken anew of the base; of a subclass autograd takes it of the view, whose
+        # gradient has no place for the gaps
+        part_ways(member._region, "as_strided of a view with gaps, which has a gradient")
     start = member._inner.storage_offset()
     if len(args) > place and args[place] is not None:
         start += args[place] - member.storage_offset()

@@ -27,6 +27,11 @@ def extent(size: Any, stride: Any) -> int:
     return 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if 0 not in size else 0
 
 
+def has_gaps(member: MemberTensor) -> bool:
+    """Whether there are elements between a member's first and last that are not its own."""
+    return extent(member.shape, member.stride()) > member.numel()
+
+
 def stay_inside(member: MemberTensor, size: Any, stride: Any, start: int) -> None:
     """Refuse a view that leaves its member's memory; `start` is where member 0's begins in the stacked storage."""
     inner = member._inner

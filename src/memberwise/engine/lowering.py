@@ -177,5 +177,7 @@ def unlower(region: Region, why: str) -> Any:
 
 
 def requires_grad(member: torch.Tensor) -> bool:
-    """`member.requires_grad`, wherever its graph lies."""
-    return member.requires_grad or getattr(member, "_lowered", False)
+    """`member.requires_grad`, wherever its graph lies; with gradients off, a view of what requires a gradient does."""
+    if member.requires_grad or not isinstance(member, MemberTensor):
+        return member.requires_grad
+    return member._lowered or (member._root is not None and member._root.requires_grad)

@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 from memberwise._torch.checkpoint import is_of_checkpoint, recomputed_inside
 from memberwise._torch.dispatch import suspended
 from memberwise.engine import trace
-from memberwise.engine.again import watched_functions
+from memberwise.engine.again import OfOne, watched_functions
 from memberwise.engine.ambient import Region
 from memberwise.engine.arguments import Arguments
 from memberwise.engine.crossing import enter, leave
@@ -140,7 +140,7 @@ def _forward_by_members(
                 held.show(i)
                 region.turn = i
                 try:
-                    inner = recomputed_inside(partial(turns.again, i, whole), instead=True)
+                    inner = recomputed_inside(OfOne(partial(turns.again, i, whole)), instead=True)
                     with inner, rows.turn(), member_stream(region, i):
                         outs.append(forwards[i](*own_args, **own_kwargs))
                 except Exception as error:
@@ -326,7 +326,7 @@ def _again(solos: dict[int, Showing], templates: Turns | None, i: int) -> Callab
                 stack.enter_context(template.again(i))
             yield
 
-    return member
+    return OfOne(member)
 
 
 def stack_outputs(outs: list[Any], finish: Callable[[torch.Tensor], Any], region: Region | None = None) -> Any:
