@@ -121,15 +121,19 @@ def _step_of(name: str, members: int = 3) -> tuple[Callable[..., Any], torch.Ten
     return step, torch.randn(shape)
 
 
-def _plain(made: list[fx.GraphModule]) -> outline.Compile:
+def _plain(made: list[fx.GraphModule]) -> outline.Begin:
     """A compiler that notes what it is given, and changes nothing."""
 
-    def compiled(graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Any) -> Callable[..., Any]:
+    def begun(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Any:
         made.append(graph)
-        graph.forward(*trial())
-        return graph.forward
 
-    return compiled
+        def end(trial: outline.Trial) -> outline.Run:
+            graph.forward(*trial())
+            return graph.forward
+
+        return end
+
+    return begun
 
 
 def _cut(program: Program, made: list[fx.GraphModule]) -> tuple[Callable[..., Any], int]:
@@ -219,12 +223,12 @@ def test_chunks_of_a_cut_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the compiler is called: all at once and in chunks, each cut, train alike."""
     counts: list[int] = []
 
-    def cutting(graph: fx.GraphModule, inputs: Any, trial: Any) -> Callable[..., Any]:
+    def cutting(graph: fx.GraphModule, trial: outline.Trial, _: Any) -> tuple[outline.Run, int]:
         run, count = outline.by_regions(graph, trial, _plain([]))
         counts.append(count)
-        return run
+        return run, count
 
-    monkeypatch.setattr(cache, "compile_graph", cutting)
+    monkeypatch.setattr(cache, "by_regions", cutting)
     worlds = []
     for chunk, backend in ((10**6, "fx"), (2, "inductor")):
         step, data = _step_of("encoder", members=4)

@@ -56,6 +56,8 @@ CASES = [
     case(_aten.as_strided.default, of(2, 6), [2, 3], [6, 2], thorough=False),
     case(_aten.as_strided_copy.default, of(2, 6), [2, 3], [6, 2], thorough=False),
     case(_aten.as_strided_scatter.default, of(2, 6), of(2, 3), [2, 3], [6, 2], thorough=False),
+    case(_aten.flip.default, of(2, 3), [0, -1]),
+    case(_aten.flip.default, of(), [0], name="a number"),
     case(_aten.roll.default, of(2, 3), [1, -1], [0, -1]),
     case(_aten.roll.default, of(2, 3), [2], name="as one row"),
     case(_aten.roll.default, of(), [2], name="a number"),

@@ -13,14 +13,24 @@ from survey.fuzz.programs import Program, Step
 pytestmark = pytest.mark.filterwarnings("ignore::memberwise.errors.StackWarning")
 
 
-def _program(*steps: tuple[Any, ...], backward: str, dtype: str = "float64") -> Program:
+def _program(*steps: tuple[Any, ...], backward: str, through: str = "vmap", calls: int = 1) -> Program:
     return Program(
         steps=tuple(Step(name, first, second, under) for name, first, second, under in steps),
-        through="vmap", training=False, calls=1, backward=backward, dtype=dtype, composites=True,
+        through=through, training=False, calls=calls, backward=backward, dtype="float64", composites=True,
     )  # fmt: skip
 
 
 OPEN = {
+    "a recomputation changes an attribute, between two calls": (
+        _program(
+            ("index by member", 0, 7, ""),
+            ("Counting", 0, 0, "reentrant checkpoint"),
+            backward="each",
+            through="functional_call",
+            calls=2,
+        ),
+        "members that run one by one in functional_call: the second call does not find what it left (808: 7168)",
+    ),
     "a gradient of a smallest number that is not finite": (
         _program(("min of all", 0, 0, ""), ("norm of zeros", 6, 0, ""), backward="double"),
         "torch's formula multiplies by a mask, for a subclass, where it fills one in alone (71028)",

@@ -40,11 +40,11 @@ _originals: tuple[Any, Any]
 class recomputed_inside:  # a context manager, named as one; a class costs a third of a generator
     """While active in this thread, checkpoints made are recomputed inside `surroundings()`, outermost first.
 
-    Surroundings that must remember the moment of the checkpoint have a method `recorded(inputs)`, which is called then
-    and returns what is called instead; inputs are those that it keeps as they are (use_reentrant=True), and where what
-    is returned has a method `finished()`, that is called whenever a backward pass has gone through the checkpoint.
-    Those that have a method `given(args)` are shown its inputs before it keeps them. `instead`: they take the place of
-    the innermost that are active.
+    Surroundings that must remember the moment of the checkpoint have a method `recorded(frame)`, which is called then
+    and returns what is called instead. Where the checkpoint is no frame (use_reentrant=True), what is returned may have
+    methods `began(args)` and `finished()`, called in a backward pass: with what is recomputed from, and when the pass
+    has gone through the checkpoint. Those that have a method `given(args)` are shown its inputs before it keeps them.
+    `instead`: they take the place of the innermost that are active.
     """
 
     __slots__ = ("_before", "_instead", "_surroundings")
@@ -85,7 +85,7 @@ def _install() -> None:
 
 
 def _frame(recompute: Callable[..., Any], *rest: Any) -> Any:
-    frame = _originals[0](_surrounded(recompute, _recorded(())), *rest)
+    frame = _originals[0](_surrounded(recompute, _recorded(frame=True)), *rest)
     frame.save_inputs = partial(_save, frame)
     return frame
 
@@ -98,13 +98,22 @@ def _save(frame: Any, *inputs: Any) -> Any:
 
 def _apply(run: Callable[..., Any], *rest: Any) -> Any:
     _show(rest)
-    active = _recorded(rest)
+    active = _recorded(frame=False)
     out = _originals[1].apply(_surrounded(run, active, first_plain=True), *rest)
     ends = [around.finished for around in active if hasattr(around, "finished")]
-    node = next((one.grad_fn for one in tree_leaves(out) if isinstance(one, torch.Tensor) and one.grad_fn), None)
-    if ends and node is not None:
+    node = _node_of(out) if ends else None
+    if node is not None:
         node.register_hook(lambda *_: _call_all(ends))
     return out
+
+
+def _node_of(out: Any) -> Any:
+    """The checkpoint's node; None where none of its results, or only a view that autograd refuses, leads to it."""
+    for leaf in tree_leaves(out):
+        with contextlib.suppress(RuntimeError):  # of a view that was made with gradients off, and is written
+            if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
+                return leaf.grad_fn
+    return None
 
 
 def _call_all(functions: list[Callable[[], None]]) -> None:
@@ -112,9 +121,9 @@ def _call_all(functions: list[Callable[[], None]]) -> None:
         function()
 
 
-def _recorded(inputs: Any) -> list[Surroundings]:
+def _recorded(frame: bool) -> list[Surroundings]:
     """What is active now, as it is to be called later."""
-    return [getattr(around, "recorded", lambda _, kept=around: kept)(inputs) for around in _local.active]
+    return [getattr(around, "recorded", lambda _, kept=around: kept)(frame) for around in _local.active]
 
 
 def _show(inputs: tuple[Any, ...]) -> None:
@@ -148,6 +157,8 @@ def _surrounded(run: Callable[..., Any], active: list[Surroundings], first_plain
             return run(*args, **kwargs)
         with contextlib.ExitStack() as stack:
             for surroundings in active:
+                if hasattr(surroundings, "began"):
+                    surroundings.began(args)
                 stack.enter_context(surroundings())
             stack.enter_context(_active_again(made_in))
             return run(*args, **kwargs)

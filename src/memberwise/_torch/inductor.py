@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,35 +24,89 @@ kernels go through the compiler at once. Some operations are out of its reach, a
 when they run (`mkldnn_rnn_layer_backward`); the wrapper in Python has all."""
 
 
-def compile_graph(
-    module: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Callable[[], Sequence[torch.Tensor]] | None
-) -> Callable[..., tuple[torch.Tensor, ...]]:
+Trial = Callable[[], Sequence[torch.Tensor]]
+Compiled = Callable[..., tuple[torch.Tensor, ...]]
+
+
+def compile_graph(module: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Trial | None) -> Compiled:
     """A compiled `module`: same inputs, same outputs, same writes to the inputs.
 
     Nothing runs on `inputs`; it has run once, on what `trial()` gives, when it is returned. Without `trial`, it has
     not, and only the wrapper that has all operations is used.
     """
     with torch.no_grad():
-        for options in _WRAPPERS[:-1] if trial else ():
-            with contextlib.suppress(Exception):  # what the last wrapper raises is the reason given
-                return _compile(module, inputs, options, trial)
-        return _compile(module, inputs, _WRAPPERS[-1], trial)
+        if trial is None:
+            return _compile(module, inputs, _WRAPPERS[-1])
+        return begin_graph(module, inputs)(trial)
 
 
-def _compile(
-    module: fx.GraphModule,
-    inputs: Sequence[torch.Tensor],
-    options: dict[str, Any],
-    trial: Callable[[], Sequence[torch.Tensor]] | None,
-) -> Callable[..., Any]:
+def begin_graph(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[[Trial], Compiled]:
+    """Begin to compile `module`; what is returned ends it, and takes the trial that `compile_graph` takes.
+
+    In between, the C++ compiler works in another process, while the next graph is begun.
+    """
+    begun: list[Compiled] = []
+    with contextlib.suppress(Exception), torch.no_grad(), _built_aside():
+        begun.append(_compile(module, inputs, _WRAPPERS[0]))
+
+    def end(trial: Trial) -> Compiled:
+        with torch.no_grad():
+            for run in begun:
+                with contextlib.suppress(Exception):  # what the last wrapper raises is the reason given
+                    run(*trial())
+                    return run
+            run = _compile(module, inputs, _WRAPPERS[-1])
+            run(*trial())
+            return run
+
+    return end
+
+
+def _compile(module: fx.GraphModule, inputs: Sequence[torch.Tensor], options: dict[str, Any]) -> Compiled:
     from torch import _inductor
 
-    shown = _without_values(inputs)
-    compiled = _inductor.compile(copy.deepcopy(module), shown, options=options)  # it may change what it gets
-    run: Any = compiled
-    if trial is not None:
-        run(*trial())
-    return run
+    compiled: Any = _inductor.compile(copy.deepcopy(module), _without_values(inputs), options=options)
+    return compiled  # type: ignore[no-any-return] # it may change what it gets, hence the copy
+
+
+class _Later:
+    """A function of a library that is being built; the first call waits for it."""
+
+    def __init__(self, found: Callable[[], Callable[..., Any]]) -> None:
+        self._found = found
+        self._entry: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self._entry is None:
+            self._entry = self._found()
+        return self._entry(*args)
+
+
+@contextmanager
+def _built_aside() -> Iterator[None]:
+    """Here, Inductor's wrappers in C++ are handed to its pool of threads, each of which waits for a compiler.
+
+    Inductor does so with kernels; for a wrapper it waits itself, for two seconds each.
+    """
+    from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+    from torch._inductor.codecache import CppWrapperCodeCache
+
+    if get_compile_threads() <= 1:  # it would call the compiler here, and wait for itself
+        yield
+        return
+
+    def load(cls: Any, *args: Any, **kwargs: Any) -> _Later:
+        return _Later(cls.load_pybinding_async(*args, **kwargs, submit_fn=AsyncCompile.submit))
+
+    with _lock:
+        CppWrapperCodeCache.load_pybinding = classmethod(load)  # type: ignore[assignment] # taken off below
+        try:
+            yield
+        finally:
+            del CppWrapperCodeCache.load_pybinding
+
+
+_lock = threading.Lock()
 
 
 def _without_values(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

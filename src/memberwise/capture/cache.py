@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from memberwise._torch.inductor import compile_graph
+from memberwise._torch.inductor import begin_graph, compile_graph
 from memberwise.capture.outline import by_regions
 from memberwise.capture.regions import Uncut
 
@@ -42,7 +42,7 @@ def _compiled(
     """By regions, if it repeats itself; else whole."""
     if trial is not None:
         with contextlib.suppress(Uncut), torch.no_grad():
-            return by_regions(graph, trial, compile_graph)[0]
+            return by_regions(graph, trial, begin_graph)[0]
     return compile_graph(graph, inputs, trial)
 
 

@@ -27,49 +27,91 @@ LONG = 1500
 MOST = 0.7
 """The part of a recording that may be left to compile, at most; else it is compiled whole."""
 
-Compile = Callable[[fx.GraphModule, Sequence[torch.Tensor], Callable[[], Sequence[torch.Tensor]]], Callable[..., Any]]
+Run = Callable[..., Any]
+Trial = Callable[[], Sequence[torch.Tensor]]
+Begin = Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[[Trial], Run]]
+
+
+class Kind:
+    """What all regions of one form share, that have inputs of one kind: a graph, until it is compiled.
+
+    Args:
+        region: one of them.
+        inputs: what it is called with.
+        begin: begins to compile its graph; what that returns takes a trial, and ends it.
+    """
+
+    def __init__(self, region: Region, inputs: Sequence[torch.Tensor], begin: Begin) -> None:
+        graph = fx.GraphModule({}, region.graph())
+        self.plain: Run = graph.forward
+        self.run: Run | None = None
+        self._inputs = inputs
+        self._written = region.written_inputs()
+        self._end = begin(graph, inputs)
+
+    def end(self) -> None:
+        """Wait until it is compiled."""
+        if self.run is None:
+            self.run = self._end(self._trial)
+            self._inputs = ()
+
+    def _trial(self) -> list[torch.Tensor]:
+        return [copied(x) if k in self._written else x for k, x in enumerate(self._inputs)]
+
+
+class Kinds:
+    """All kinds so far. While `waits` is false, those found are begun, and run operation by operation."""
+
+    def __init__(self, begin: Begin) -> None:
+        self.begin = begin
+        self.known: dict[Hashable, Kind] = {}
+        self.waits = False
+
+    def of(self, region: Region, inputs: Sequence[torch.Tensor]) -> Kind:
+        key = region.form, tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
+        if key not in self.known:
+            self.known[key] = Kind(region, inputs, self.begin)
+            if self.waits:
+                self.known[key].end()
+        return self.known[key]
+
+    def end(self) -> None:
+        """Wait for all of them."""
+        for done, kind in enumerate(self.known.values()):
+            told("compiling a step, by what repeats", done, len(self.known))
+            kind.end()
+        self.waits = True
 
 
 class Call(torch.nn.Module):
-    """One region in its place; compiled when it is first called, unless one like it was.
+    """One region in its place."""
 
-    Args:
-        region: the operations.
-        compiled: makes a graph a function.
-        known: those made so far, by form and kinds of inputs.
-    """
-
-    def __init__(self, region: Region, compiled: Compile, known: dict[Hashable, Callable[..., Any]]) -> None:
+    def __init__(self, region: Region, kinds: Kinds) -> None:
         super().__init__()
         self.region = region
-        self.compiled = compiled
-        self.known = known
-        self.run: Callable[..., Any] | None = None
+        self.kinds = kinds
+        self.run: Run | None = None
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         """The region's outputs; what it writes is written in place."""
         if self.run is None:
-            self.run = self._made(inputs)
+            kind = self.kinds.of(self.region, inputs)
+            if kind.run is None:
+                return kind.plain(*inputs)
+            self.run = kind.run
         return self.run(*inputs)
 
-    def _made(self, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
-        key = self.region.form, tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
-        if key not in self.known:
-            writes = self.region.written_inputs()
-            trial = lambda: [copied(x) if k in writes else x for k, x in enumerate(inputs)]  # noqa: E731 # short
-            self.known[key] = self.compiled(fx.GraphModule({}, self.region.graph()), inputs, trial)
-        return self.known[key]
 
-
-def by_regions(
-    module: fx.GraphModule, trial: Callable[[], Sequence[torch.Tensor]], compiled: Compile
-) -> tuple[Callable[..., Any], int]:
+def by_regions(module: fx.GraphModule, trial: Trial, begin: Begin) -> tuple[Run, int]:
     """The recording as calls of compiled regions, and how many there are. Raises `Uncut`.
+
+    It runs twice on what `trial` gives: operation by operation, to begin all kinds of regions one after the other,
+    while compilers work on those begun; and compiled.
 
     Args:
         module: the recording.
         trial: copies of its inputs to run on.
-        compiled: makes a graph a function that has run once on what its trial gives.
+        begin: as `Kind` takes it.
     """
     found = regions(module.graph)
     total = sum(len(region.nodes) for region in found)
@@ -78,13 +120,16 @@ def by_regions(
         raise Uncut("too little of it repeats")
     if total <= LONG and len(found) * CALL > SHARE * _seconds(module, trial):
         raise Uncut("its calls would take too much of the step")
-    done = itertools.count()
+    begun = itertools.count()
 
-    def counted(graph: fx.GraphModule, inputs: Any, trial: Any) -> Callable[..., Any]:
-        told("compiling a step, by what repeats", next(done), len(distinct))
-        return compiled(graph, inputs, trial)
+    def counted(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[[Trial], Run]:
+        told("preparing a step, by what repeats", next(begun), len(distinct))
+        return begin(graph, inputs)
 
-    outline = _Outline(module, found, counted).module()
+    kinds = Kinds(counted)
+    outline = _Outline(module, found, kinds).module()
+    outline.forward(*trial())
+    kinds.end()
     outline.forward(*trial())
     return outline.forward, len(found)
 
@@ -101,15 +146,14 @@ def _seconds(module: fx.GraphModule, trial: Callable[[], Sequence[torch.Tensor]]
 class _Outline:
     """Writes the graph that calls the regions."""
 
-    def __init__(self, module: fx.GraphModule, found: Sequence[Region], compiled: Compile) -> None:
+    def __init__(self, module: fx.GraphModule, found: Sequence[Region], kinds: Kinds) -> None:
         self.source = module
         self.regions = found
         self.aliases = found[0].aliases
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
         self.calls: dict[str, torch.nn.Module] = {}
-        self.compiled = compiled
-        self.known: dict[Hashable, Callable[..., Any]] = {}
+        self.kinds = kinds
 
     def module(self) -> fx.GraphModule:
         """All of it."""
@@ -124,7 +168,7 @@ class _Outline:
 
     def _call(self, region: Region) -> None:
         name = f"region_{len(self.calls)}"
-        self.calls[name] = Call(region, self.compiled, self.known)
+        self.calls[name] = Call(region, self.kinds)
         made = self.graph.call_module(name, tuple(self._value(node) for node in region.inputs))
         for position, k in enumerate(region.outputs):
             self.values[region.nodes[k]] = self.graph.call_function(operator.getitem, (made, position))

@@ -113,7 +113,7 @@ class Surroundings:
         """A checkpoint keeps the graph of its inputs, so that it has to lie in the member tensors."""
         lowering.raise_for_function(inputs)
 
-    def recorded(self, inputs: tuple[Any, ...]) -> Callable[[], AbstractContextManager[Any]]:
+    def recorded(self, frame: bool) -> Callable[[], AbstractContextManager[Any]]:
         """Remember where the members' streams stand now."""
         states = [generator.get_state() for generator in self.region.generators or ()]
         return partial(self._again, states)
@@ -159,37 +159,41 @@ class OfOne:
     def __call__(self) -> AbstractContextManager[Any]:
         return self._around()
 
-    def recorded(self, inputs: tuple[Any, ...]) -> Callable[[], AbstractContextManager[Any]]:
-        """Remember the inputs, for their counts."""
-        plain = [leaf for leaf in inputs if isinstance(leaf, torch.Tensor) and not isinstance(leaf, MemberTensor)]
-        return _Counted(self._around, [leaf.detach() for leaf in plain]) if plain else self._around
+    def recorded(self, frame: bool) -> Callable[[], AbstractContextManager[Any]]:
+        """One checkpoint; a frame keeps its inputs, whatever is written to them."""
+        return self._around if frame else _Counted(self._around)
 
 
 class _Counted:
     """One checkpoint of one member: called, what it is recomputed in."""
 
-    __slots__ = ("_around", "_before", "_inputs")
+    __slots__ = ("_around", "_before", "_inputs", "_written")
 
-    def __init__(self, around: Callable[[], AbstractContextManager[Any]], inputs: list[torch.Tensor]) -> None:
+    def __init__(self, around: Callable[[], AbstractContextManager[Any]]) -> None:
         self._around = around
-        self._inputs = inputs
-        self._before: list[int] | None = None
+        self._inputs: list[torch.Tensor] = []
+        self._before: list[int] = []
+        self._written = False
 
     def __call__(self) -> AbstractContextManager[Any]:
-        now = [*map(version, self._inputs)]
-        if self._before not in (None, now):
+        return self._around()
+
+    def began(self, args: tuple[Any, ...]) -> None:
+        """Note the counts of what it is recomputed from."""
+        if self._written:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 "the recomputation of a checkpoint has written its own input, and is run again"
             )
-        self._before = now
-        return self._around()
+        self._inputs = [arg for arg in args if isinstance(arg, torch.Tensor) and not isinstance(arg, MemberTensor)]
+        self._before = [*map(version, self._inputs)]
 
     def finished(self) -> None:
         """Set the counts back, and remember whether it has written."""
-        if self._before is not None and self._before != [*map(version, self._inputs)]:
+        if self._before != [*map(version, self._inputs)]:
+            self._written = True
             set_versions(self._inputs, self._before)
-            self._before = []
+        self._inputs, self._before = [], []
 
 
 def _set(generators: Any, states: list[torch.Tensor]) -> None:

@@ -194,6 +194,12 @@ def roll(info: Any, in_dims: Any, x: torch.Tensor, shifts: Any, dims: Any = ()) 
     return x.roll(shifts, shift_all(dims, x.ndim - 1)), 0
 
 
+@register_rule(_aten.flip.default)
+def flip(info: Any, in_dims: Any, x: torch.Tensor, dims: Any) -> Any:
+    """torch's batching takes a member without dimensions for one that has them."""
+    return x.clone() if x.ndim == 1 else x.flip(shift_all(dims, x.ndim - 1)), 0
+
+
 @register_rule(_aten.as_strided.default)
 def as_strided(info: Any, in_dims: Any, x: torch.Tensor, size: Any, stride: Any, offset: Any = None) -> Any:
     """torch's batching takes the member axis anywhere, and copies; here each member has its own stretch of
