@@ -46,8 +46,8 @@ BECAUSE: dict[str, tuple[str, ...]] = {
         "aten::max_unpool2d",
         "aten::_upsample_nearest_exact3d",
     ),
-    "Of matrices in column order that may be images (QR gives such), only a member's own call tells in which order torch "
-    "leaves the result.": ("aten::cat",),
+    "Of matrices in column order that may be images (QR gives such), only a member's own call tells in which order the "
+    "result lies.": ("aten::cat",),
 }
 """Sentence -> ATen operations that run alone by it, and modules whose calls do."""
 
