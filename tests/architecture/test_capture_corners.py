@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -143,6 +144,31 @@ def test_a_program_that_fails_when_it_runs_is_compiled_otherwise(monkeypatch: py
     assert tried == [{"cpp_wrapper": True}, {}, {}]
     assert inductor.compile_graph(fx.GraphModule({}, graph), [x], None)(x)[0] is x
     assert tried[3:] == [{}]
+
+
+def test_a_graph_that_was_begun_is_built_aside() -> None:
+    """Breaks: regions would be built one after another, on one core."""
+    from torch._inductor import config
+    from torch._inductor.codecache import CppWrapperCodeCache
+
+    later: list[inductor._Later] = []
+
+    class Noted(inductor._Later):
+        def __init__(self, found: Any) -> None:
+            super().__init__(found)
+            later.append(self)
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output((graph.call_function(torch.ops.aten.cosh.default, (x,)),))
+    with config.patch(compile_threads=2), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inductor, "_Later", Noted)
+        end = inductor.begin_graph(fx.GraphModule({}, graph), [torch.ones(3)])
+        assert "load_pybinding" not in vars(CppWrapperCodeCache)
+        assert [one._entry for one in later] == [None]  # nobody has waited
+        (found,) = end(lambda: [torch.ones(3)])(torch.zeros(3))
+    assert torch.equal(found, torch.ones(3))
+    assert later[0]._entry is not None
 
 
 def test_recurrent_layers_without_onednn() -> None:

@@ -99,6 +99,7 @@ def _built_aside() -> Iterator[None]:
         return _Later(cls.load_pybinding_async(*args, **kwargs, submit_fn=AsyncCompile.submit))
 
     with _lock:
+        assert "load_pybinding" not in vars(CppWrapperCodeCache), "it inherits what is hidden here"
         CppWrapperCodeCache.load_pybinding = classmethod(load)  # type: ignore[assignment] # taken off below
         try:
             yield
