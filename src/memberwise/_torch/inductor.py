@@ -45,16 +45,16 @@ def begin_graph(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Calla
 
     In between, the C++ compiler works in another process, while the next graph is begun.
     """
-    begun: list[Compiled] = []
+    begun: Compiled | None = None
     with contextlib.suppress(Exception), torch.no_grad(), _built_aside():
-        begun.append(_compile(module, inputs, _WRAPPERS[0]))
+        begun = _compile(module, inputs, _WRAPPERS[0])
 
     def end(trial: Trial) -> Compiled:
         with torch.no_grad():
-            for run in begun:
+            if begun is not None:
                 with contextlib.suppress(Exception):  # what the last wrapper raises is the reason given
-                    run(*trial())
-                    return run
+                    begun(*trial())
+                    return begun
             run = _compile(module, inputs, _WRAPPERS[-1])
             run(*trial())
             return run

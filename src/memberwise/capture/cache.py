@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from memberwise._torch.inductor import begin_graph, compile_graph
+from memberwise._torch.inductor import Trial, begin_graph, compile_graph
 from memberwise.capture.outline import by_regions
 from memberwise.capture.regions import Uncut
 
@@ -23,9 +23,7 @@ class Compiled:
         self.backend = backend
         self._entries: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 
-    def get(
-        self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Callable[[], Sequence[torch.Tensor]] | None
-    ) -> Callable[..., Any]:
+    def get(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Trial | None) -> Callable[..., Any]:
         """The compiled `graph`. Nothing runs on `inputs`; if there is a `trial`, it has run on what that gives."""
         key = structure(graph, inputs)
         if key not in self._entries:
@@ -36,9 +34,7 @@ class Compiled:
         return self._entries[key]
 
 
-def _compiled(
-    graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Callable[[], Sequence[torch.Tensor]] | None
-) -> Callable[..., Any]:
+def _compiled(graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Trial | None) -> Callable[..., Any]:
     """By regions, if it repeats itself; else whole."""
     if trial is not None:
         with contextlib.suppress(Uncut), torch.no_grad():

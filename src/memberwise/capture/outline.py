@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from memberwise._torch.inductor import Trial
 from memberwise.capture.program import copied
 from memberwise.capture.progress import told
 from memberwise.capture.regions import Region, Uncut, regions
@@ -28,7 +29,6 @@ MOST = 0.7
 """The part of a recording that may be left to compile, at most; else it is compiled whole."""
 
 Run = Callable[..., Any]
-Trial = Callable[[], Sequence[torch.Tensor]]
 Begin = Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[[Trial], Run]]
 
 
@@ -51,9 +51,8 @@ class Kind:
 
     def end(self) -> None:
         """Wait until it is compiled."""
-        if self.run is None:
-            self.run = self._end(self._trial)
-            self._inputs = ()
+        self.run = self._end(self._trial)
+        self._inputs = ()
 
     def _trial(self) -> list[torch.Tensor]:
         return [copied(x) if k in self._written else x for k, x in enumerate(self._inputs)]

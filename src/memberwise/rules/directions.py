@@ -119,11 +119,11 @@ class Batched:
         found, differing, states = self.cell.back(*given, direction.order(steps))
         products = _joined(found)
         back = batched(products, direction.weight).reshape(rows.shape) if deep else None
-        weights = [batched(products.transpose(1, 2), _flat(rows)), products.sum(1)]
+        of_weight, of_bias = batched(products.transpose(1, 2), _flat(rows)), products.sum(1)
         if differing:  # in place: to hold both would take more memory than M lone steps do
             products[..., -out.shape[-1] :] = _joined(differing)
-        weights[1:1] = [batched(products.transpose(1, 2), _joined(before))]
-        return [*weights, products.sum(1)], states, back
+        of_recurrent = batched(products.transpose(1, 2), _joined(before))
+        return [of_weight, of_recurrent, of_bias, products.sum(1)], states, back
 
     def _before(self, direction: Direction, out: torch.Tensor) -> list[torch.Tensor]:
         """By time, `(M, B, H)`: the hidden state that each step starts from."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -28,6 +30,11 @@ def out_of_channels(x: torch.Tensor, size: int) -> torch.Tensor:
 def is_among_channels(x: torch.Tensor) -> bool:
     """Whether `into_channels` of an `(M, B, C, *s)` tensor is a view."""
     return not x.is_contiguous() and x.ndim > 2 and x.transpose(0, 1).is_contiguous()
+
+
+def as_it_lies(x: torch.Tensor) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[..., torch.Tensor]]:
+    """The way in and the way out that copy nothing of `x`: by the channels, where members lie there, else the batch."""
+    return (into_channels, out_of_channels) if is_among_channels(x) else (into_batch, out_of_batch)
 
 
 def is_channels_last(x: torch.Tensor) -> bool:

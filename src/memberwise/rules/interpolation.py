@@ -8,14 +8,7 @@ from typing import Any
 import torch
 
 from memberwise.engine.signals import Decline
-from memberwise.rules.folding import (
-    into_batch,
-    into_channels,
-    is_among_channels,
-    is_channels_last,
-    out_of_batch,
-    out_of_channels,
-)
+from memberwise.rules.folding import as_it_lies, is_channels_last
 from memberwise.rules.registry import LONE_CONTIGUOUS, register_rule
 
 _aten = torch.ops.aten
@@ -38,9 +31,8 @@ def _forward(overload: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Any, x: torch.Tensor, *rest: Any) -> Any:
         if is_channels_last(x):
             return Decline("memory in channels_last order")
-        if is_among_channels(x):
-            return out_of_channels(overload(into_channels(x), *rest), info.batch_size), 0
-        return out_of_batch(overload(into_batch(x), *rest), info.batch_size), 0
+        into, out_of = as_it_lies(x)
+        return out_of(overload(into(x), *rest), info.batch_size), 0
 
     return rule
 
@@ -49,12 +41,9 @@ def _backward(overload: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Any, grad: torch.Tensor, output: Any, size: Any, *how: Any) -> Any:
         if is_channels_last(grad):
             return Decline("memory in channels_last order")
-        members, (batch, channels, *space) = info.batch_size, size
-        if is_among_channels(grad):
-            found = overload(into_channels(grad), output, [batch, members * channels, *space], *how)
-            return out_of_channels(found, members), 0
-        found = overload(into_batch(grad), output, [members * batch, channels, *space], *how)
-        return out_of_batch(found, members), 0
+        into, out_of = as_it_lies(grad)
+        folded = into(grad)
+        return out_of(overload(folded, output, [*folded.shape[:2], *size[2:]], *how), info.batch_size), 0
 
     return rule
 

@@ -9,14 +9,7 @@ import torch
 
 from memberwise.engine.signals import Decline
 from memberwise.rules.axis import expanded
-from memberwise.rules.folding import (
-    into_batch,
-    into_channels,
-    is_among_channels,
-    is_channels_last,
-    out_of_batch,
-    out_of_channels,
-)
+from memberwise.rules.folding import as_it_lies, into_batch, is_channels_last, out_of_batch
 from memberwise.rules.registry import LONE_CONTIGUOUS, register_rule
 
 _aten = torch.ops.aten
@@ -36,8 +29,7 @@ def _folded(call: Callable[..., Any], space: int, places: tuple[int, ...]) -> An
             for place in places:  # torch reads the places of maxima in 3d from other memory wrongly
                 values[place] = values[place].contiguous()
             return call(*values), 0
-        channels = is_among_channels(values[places[-1]])
-        into, out_of = (into_channels, out_of_channels) if channels else (into_batch, out_of_batch)
+        into, out_of = as_it_lies(values[places[-1]])
         for place in places:
             values[place] = into(values[place])
         found = call(*values)
