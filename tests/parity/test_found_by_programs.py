@@ -476,3 +476,38 @@ def test_a_view_with_gradients_off_says_whether_its_base_requires_one() -> None:
 
     check(func, numbers(3, 4))
     assert all(one == [True, True, False, False, False, False, False] for one in seen)
+
+
+class Multiplying(nn.Module):
+    """Uses what its last run has left in an attribute, a recomputation among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.kept = nn.Parameter(torch.ones(3).double()), None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self._counted, x, use_reentrant=True)  # type: ignore[return-value] # a tensor
+
+    def _counted(self, x: torch.Tensor) -> torch.Tensor:
+        out = x * self.scale if self.kept is None else x * self.scale * self.kept
+        self.kept = (x.detach() * (2 if differs(x) else 3)).sum()
+        return out
+
+
+def test_a_recomputation_finds_what_a_later_call_has_left() -> None:
+    """Members that run one by one in `functional_call`: of two calls, each knew what its own had left, alone."""
+    xs = [numbers(3, 3), numbers(3, 3, seed=1)]
+    template, weights = Multiplying(), {"scale": numbers(3, 3, seed=2)}
+    mapped = memberwise.vmap(lambda w, x: memberwise.functional_call(template, w, x))
+    outs = [mapped(weights, x) for x in xs]
+    for out in outs:
+        out.sum().backward()
+    for member in range(3):
+        lone, own = Multiplying(), {"scale": weights["scale"].detach()[member].requires_grad_()}
+        rows = [x.detach()[member].requires_grad_() for x in xs]
+        alone = [memberwise.functional_call(lone, own, x) for x in rows]
+        for out in alone:
+            out.sum().backward()
+        assert_equal(weights["scale"].grad[member], own["scale"].grad)
+        for x, row in zip(xs, rows, strict=True):
+            assert_equal(x.grad[member], row.grad)

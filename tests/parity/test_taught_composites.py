@@ -38,6 +38,8 @@ LAYERS: dict[str, tuple[Layer, tuple[tuple[int, ...], ...]]] = {
     "linear of a vector": (F.linear, ((4,), (5, 4), (5,))),
     "relu": (F.relu, ((3, 4),)),
     "linear and relu": (lambda x, w, b: F.relu(F.linear(x, w, b)), ((3, 4), (5, 4), (5,))),
+    "min of all": (torch.min, ((3, 4),)),
+    "max of all": (lambda x: x.max(), ((2, 3, 4),)),
     "gelu": (F.gelu, ((3, 4),)),
     "gelu tanh": (lambda x: F.gelu(x, approximate="tanh"), ((3, 4),)),
     "silu": (F.silu, ((3, 4),)),

@@ -28,7 +28,7 @@ from memberwise.engine.layout import count_write
 from memberwise.engine.lone_streams import member_stream
 from memberwise.engine.rows import Rows
 from memberwise.engine.signals import Retreat
-from memberwise.engine.slots import Slots, Swap, attributes_of, table_of
+from memberwise.engine.slots import Slots, Swap, table_of
 from memberwise.engine.templates import Before, Turns
 from memberwise.engine.tensor import MemberTensor
 from memberwise.engine.turns import Showing, one_by_one
@@ -196,11 +196,7 @@ def function_by_members(func: Callable[..., Any], reason: str, args: Any, kwargs
 def _slots_inside(module: nn.Module, whole: Slots) -> Slots:
     """The slots of a module, a part of `whole`, that shows member tensors and values, in attributes too."""
     slots = Slots(module)
-    for place, value, leaves in attributes_of(module):
-        if any(isinstance(leaf, MemberTensor) for leaf in leaves):
-            slots.carried[place] = value
-        if any(map(is_own, leaves)):
-            slots.settings.add(place)
+    slots.find_members()
     inside = {*module.modules()}
     slots.variants = {place: own for place, own in whole.variants.items() if place[0] in inside}
     return slots

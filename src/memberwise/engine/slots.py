@@ -207,6 +207,14 @@ class Slots:
             if not tensors.isdisjoint(map(id, tree_leaves(value)))
         ]
 
+    def find_members(self) -> None:
+        """Note which attributes hold member tensors, or values of each member's own, that former runs have left."""
+        for place, value, leaves in attributes_of(self.template):
+            if any(isinstance(leaf, MemberTensor) for leaf in leaves):
+                self.carried[place] = value
+            if any(map(values.is_own, leaves)):
+                self.settings.add(place)
+
     def __getstate__(self) -> dict[str, Any]:
         names = "template shared members generators apart retreats parted carried settings variants"
         kept = {name: self.__dict__[name] for name in names.split()}

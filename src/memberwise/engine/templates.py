@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from memberwise.engine.crossing import enter, leave
-from memberwise.engine.slots import Slots, attributes_of
+from memberwise.engine.slots import Slots
 from memberwise.engine.tensor import MemberTensor
 from memberwise.engine.turns import Showing, one_by_one
 from memberwise.functional import Watcher
@@ -65,9 +65,7 @@ class Turns(Watcher):
             return
         own_state = frozenset(place.key for place in Slots(module).places)
         slots = Slots(module, own_state, self._region.batch_size)
-        for place, value, leaves in attributes_of(module):
-            if any(isinstance(leaf, MemberTensor) for leaf in leaves):
-                slots.carried[place] = value
+        slots.find_members()
         turns = one_by_one(slots, self._region.batch_size, self._cut, self._join)
         self._shown[module] = self._surroundings.enter_context(turns)
         self._shown[module].show(0)

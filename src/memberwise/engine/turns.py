@@ -169,6 +169,7 @@ class Showing:
             yield
             return
         if stack is None or (self._region is not None and self._region.running):
+            self.slots.find_members()  # what a later run has left, too
             now = one_by_one(self.slots, len(self._turns), self._cut, self._join, self._region)
         else:
             now = one_by_one(stack, len(self._turns), Rows().of, torch.stack)
