@@ -98,14 +98,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def _recorded(step: Callable[..., Any], *inputs: torch.Tensor) -> Program:
+def recorded(step: Callable[..., Any], *inputs: torch.Tensor) -> Program:
     captured = compile(step, backend="fx", chunk=10**6)
     for _ in range(3):
         captured(*inputs)
     return captured.captured.programs[0]
 
 
-def _step_of(name: str, members: int = 3) -> tuple[Callable[..., Any], torch.Tensor]:
+def step_of(name: str, members: int = 3) -> tuple[Callable[..., Any], torch.Tensor]:
     make, shape = MODELS[name]
     models = build(make, seeds=range(members))
     optimizer = optim.AdamW(models.parameters(), lr=1e-3)
@@ -149,7 +149,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("name", MODELS)
 def test_cut_it_computes_the_same(name: str) -> None:
-    program = _recorded(*_step_of(name))
+    program = recorded(*step_of(name))
     made: list[fx.GraphModule] = []
     run, count = _cut(program, made)
     whole, cut = program.copies(program.values), program.copies(program.values)
@@ -166,7 +166,7 @@ def test_cut_it_computes_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_that_a_region_gives_on_is_a_view(name: str) -> None:
     """Who writes to it could not tell what else it writes."""
-    program = _recorded(*_step_of(name))
+    program = recorded(*step_of(name))
     for region in regions.regions(program.graph.graph):
         given = [region.nodes[k] for k in region.outputs]
         assert all(region.aliases.base(node) is node for node in given)
@@ -186,7 +186,7 @@ def test_a_tensor_seen_two_ways_and_written_goes_in_whole() -> None:
                 x = (x + state.sum(0)).tanh()
         return x
 
-    program = _recorded(step, torch.randn(4))
+    program = recorded(step, torch.randn(4))
     made: list[fx.GraphModule] = []
     run, _ = _cut(program, made)
     whole, cut = program.copies(program.values), program.copies(program.values)
@@ -210,12 +210,12 @@ def _squeezing(x: torch.Tensor) -> torch.Tensor:
 )
 def test_what_is_not_cut(step: Callable[..., Any], reason: str) -> None:
     with pytest.raises(Uncut, match=reason):
-        _cut(_recorded(step, torch.randn(3)), [])
+        _cut(recorded(step, torch.randn(3)), [])
 
 
 def test_a_short_step_is_not_cut() -> None:
     with pytest.raises(Uncut, match="too much of the step"):
-        _cut(_recorded(*_step_of("blocks")), [])
+        _cut(recorded(*step_of("blocks")), [])
 
 
 @pytest.mark.usefixtures("short")
@@ -231,7 +231,7 @@ def test_chunks_of_a_cut_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "by_regions", cutting)
     worlds = []
     for chunk, backend in ((10**6, "fx"), (2, "inductor")):
-        step, data = _step_of("encoder", members=4)
+        step, data = step_of("encoder", members=4)
         captured = compile(step, chunk=chunk, backend=backend)
         torch.manual_seed(1)
         worlds.append([captured(torch.ones_like(data)) for _ in range(5)])
