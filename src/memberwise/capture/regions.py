@@ -3,8 +3,9 @@
 The recording is a list of operations in the order in which they ran, so any cut of it into stretches is one that can be
 run. What recurs in it (`memberwise.capture.repeats`) becomes a region, and regions that compute the same share one
 compiled graph. What passes from one to the next is whole tensors, never views of them: views are taken anew where they
-are used, outside of all regions if what they look at is not written there, so that `x[0]`, `x[1]`, ... of one time step
-after the other are no difference.
+are used. One that picks a part is taken outside of all regions, if what it looks at is not written there, so that
+`x[0]`, `x[1]`, ... of one time step after the other are no difference; one of the whole in another shape, inside, where
+it is free.
 """
 
 from __future__ import annotations
@@ -22,6 +23,21 @@ from memberwise.engine.operation import describe, written_among
 
 SHORTEST, LEAST = 20, 60
 """Operations of a region, at least, and how many must be saved for a stretch to become one."""
+
+
+PARTS = {
+    "select",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "unbind",
+    "chunk",
+    "narrow",
+    "as_strided",
+    "diagonal",
+    "unfold",
+}
+"""Operations whose result is a part of a tensor."""
 
 
 class Uncut(Exception):
@@ -123,11 +139,11 @@ class Region:
         return found
 
     def _is_outside(self, node: fx.Node, own: set[fx.Node]) -> bool:
-        """Whether this is a view of what is outside, and may be taken there."""
+        """Whether this is a part of what is outside, and may be taken there."""
         base = self.aliases.base(node)
         if base in own or base in self._inside:
             return False
-        return node.target is operator.getitem or describe(node.target).is_view
+        return node.target is operator.getitem or _name(node) in PARTS
 
     def _read(self, node: fx.Node) -> None:
         """Note a node outside as an input; or its memory's, and how it is looked at, if it must be seen inside."""
@@ -254,6 +270,10 @@ def _token(unit: Sequence[fx.Node]) -> Hashable:
     kind = tuple(one.meta.get("kind", ((),))[0] for one in unit)
     args = "" if describe(node.target).is_view else _described(node, lambda _: ("", 0))[1:]
     return node.target, args, kind
+
+
+def _name(node: fx.Node) -> str:
+    return node.target._schema.name.partition("::")[2]  # type: ignore[union-attr] # an operation
 
 
 def _tensor(value: Any) -> fx.Node:
