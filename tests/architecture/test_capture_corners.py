@@ -171,6 +171,48 @@ def test_a_graph_that_was_begun_is_built_aside() -> None:
     assert later[0]._entry is not None
 
 
+@pytest.mark.parametrize("builds", [True, False])
+def test_vector_instructions_are_tried_once_on_a_machine(
+    builds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks: each process takes two seconds more to its first compiled step, or takes for granted what fails."""
+    from torch._inductor import cpu_vec_isa
+
+    if not cpu_vec_isa.x86_isa_checker():
+        pytest.skip("a processor for which torch tries nothing")
+    tried: list[str] = []
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", lambda self, code: tried.append(code) or builds)
+    try:
+        found = [_vectors()]
+        first = tried.count(cpu_vec_isa.VecISA._avx_code)
+        found.append(_vectors())
+    finally:
+        _forget_vectors()
+    assert bool(found[0]) == builds and found[1] == found[0]
+    assert first and tried.count(cpu_vec_isa.VecISA._avx_code) == first * (1 if builds else 2)
+
+
+def _vectors() -> list[str]:
+    """Those that Inductor uses in a new process."""
+    from torch._inductor import cpu_vec_isa
+
+    _forget_vectors()
+    inductor.know_vectors.__wrapped__()
+    return [str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()]
+
+
+def _forget_vectors() -> None:
+    from torch._inductor import cpu_vec_isa
+
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    for isa in cpu_vec_isa.supported_vec_isa_list:
+        for base in type(isa).__mro__:
+            for method in vars(base).values():
+                if hasattr(method, "cache_clear"):
+                    method.cache_clear()
+
+
 def test_recurrent_layers_without_onednn() -> None:
     """Breaks: steps with a recurrent layer of torch's own are not compiled."""
     seen = []

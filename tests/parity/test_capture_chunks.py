@@ -179,7 +179,7 @@ def test_a_trial_changes_nothing() -> None:
     objects = {name: id(p) for name, p in world.stack.named_parameters()}
     streams = [generator.get_state() for generator in world.stack.generators]
     program.run = program.graph.forward
-    core._plan(program, values, (x,), {})
+    core._plan(program, values, (x,), {}, 0.0)
     assert core.plans == ["1 at a time, as told"]
     after = tensors_of(world)
     assert before.keys() == after.keys()
@@ -214,7 +214,8 @@ class Clock:
 
     def __call__(self, *runs: Any) -> list[float]:
         self.asked += 1
-        return [self.seconds[f"of_{run.size}" if isinstance(run, chunks.Chunks) else "whole"] for run in runs]
+        owners = [getattr(run, "__self__", run) for run in runs]  # of a bound method, run uncompiled
+        return [self.seconds[f"of_{one.size}" if isinstance(one, chunks.Chunks) else "whole"] for one in owners]
 
 
 def _planned(clock: Clock, monkeypatch: pytest.MonkeyPatch, members: int = 4) -> Any:
@@ -261,6 +262,20 @@ def test_auto_stops_where_its_budget_ends(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(plan, "BUDGET", -1.0)
     captured = _planned(Clock(whole=1.0, of_1=0.5), monkeypatch, members=17)
     assert captured.plans == ["one at a time: one at a time 500.00 ms, all at once 1000.00"]
+
+
+@pytest.mark.parametrize(("seconds", "size"), [(0.5, 1), (0.97, 0), (2.0, 0)])
+def test_what_takes_long_to_compile_must_be_faster_uncompiled(
+    seconds: float, size: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "BUDGET", 0.0)
+    made: list[Any] = []
+    monkeypatch.setattr(chunks.Chunker, "_compiled", lambda self, part, size: made.append(size) or part.graph.forward)
+    captured = _planned(Clock(whole=1.0, of_1=seconds), monkeypatch)
+    assert made == [1] * size
+    assert isinstance(captured.programs[0].run, chunks.Chunks) == size
+    if not size:
+        assert "one at a time not compiled" in captured.plans[0]
 
 
 def test_auto_does_not_try_what_cannot_pay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

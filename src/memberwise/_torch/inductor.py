@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,6 +67,7 @@ def begin_graph(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Calla
 def _compile(module: fx.GraphModule, inputs: Sequence[torch.Tensor], options: dict[str, Any]) -> Compiled:
     from torch import _inductor
 
+    know_vectors()
     compiled: Any = _inductor.compile(copy.deepcopy(module), _without_values(inputs), options=options)
     return compiled  # type: ignore[no-any-return] # it may change what it gets, hence the copy
 
@@ -133,6 +136,23 @@ def without_onednn() -> Iterator[None]:
         yield
     finally:
         torch._C._set_mkldnn_enabled(before)
+
+
+@functools.cache
+def know_vectors() -> None:
+    """Let Inductor know which vector instructions its compiler can build for, if a former process has seen that it can
+    for all that the processor has: to try them takes a new process that imports torch, two seconds."""
+    from torch._inductor import config, cpp_builder, cpu_vec_isa
+
+    with contextlib.suppress(Exception):  # no compiler or folder: Inductor tries by itself
+        has = cpu_vec_isa.x86_isa_checker()
+        names = torch.__version__, cpp_builder.get_cpp_compiler(), sorted(has)
+        path = cache_folder() / "memberwise" / hashlib.sha256(repr(names).encode()).hexdigest()[:32]
+        with config.patch({"cpp.vec_isa_ok": True}) if path.exists() else contextlib.nullcontext():
+            found = cpu_vec_isa.valid_vec_isa_list()
+        if found and found == [isa for isa in cpu_vec_isa.supported_vec_isa_list if {*str(isa).split()} <= {*has}]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
 
 
 def cache_folder() -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -28,6 +28,26 @@ NOISE = 10
 
 class Unfit(Exception):
     """Why a step cannot run in chunks of members."""
+
+
+class Unpromising(Exception):
+    """Chunks are not worth their compilation."""
+
+
+class Part(NamedTuple):
+    """A recording for a few members, to be compiled.
+
+    Attributes:
+        graph: what it computes.
+        inputs: what it is called with, of the first members.
+        sources: as `Chunks` has them.
+        trial: copies of the inputs that it may write.
+    """
+
+    graph: fx.GraphModule
+    inputs: list[torch.Tensor]
+    sources: list[tuple[int, int | None]]
+    trial: Callable[[], list[torch.Tensor]]
 
 
 class Chunks:
@@ -88,8 +108,8 @@ class Chunker:
         self.compiled = compiled
         self.marked = marked
 
-    def chunks(self, size: int) -> Chunks:
-        """Chunks of `size` members, tried; raises `Unfit`."""
+    def chunks(self, size: int, promising: Callable[[Run], bool] | None = None) -> Chunks:
+        """Chunks of `size` members, tried. Raises `Unfit`; `Unpromising`, if `promising` says so of them uncompiled."""
         members = self.whole.members
         if not members:
             raise Unfit("no stack and no optimizer of Memberwise is within its reach")
@@ -102,7 +122,7 @@ class Chunker:
         reasons = []
         for stacked in self._guesses():
             try:
-                return self._tried(stacked, size, members)
+                return self._tried(stacked, size, members, promising)
             except Unfit as reason:
                 reasons.append(str(reason))
         raise Unfit(reasons[0])
@@ -122,15 +142,29 @@ class Chunker:
         other = {index for index, _ in (*self.whole.draws, *self.whole.grads_in)}
         return [value for index, value in enumerate(self.values[: self.whole.count]) if index not in other]
 
-    def _tried(self, stacked: list[Stacked], size: int, members: int) -> Chunks:
-        run, sources = self._recorded(stacked, size, members)
-        rest = self._recorded(stacked, members % size, members)[0] if members % size else None
-        chunks = Chunks(run, rest, size, sources)
-        self._compare(chunks, members)
-        return chunks
+    def _tried(
+        self, stacked: list[Stacked], size: int, members: int, promising: Callable[[Run], bool] | None
+    ) -> Chunks:
+        sizes = [few for few in (size, members % size) if few]
+        parts = [self._recorded(stacked, few, members) for few in sizes]
 
-    def _recorded(self, stacked: list[Stacked], size: int, members: int) -> tuple[Run, list[tuple[int, int | None]]]:
-        """The program for `size` members, and where its inputs come from."""
+        def made_of(runs: list[Run]) -> Chunks:
+            return Chunks(runs[0], runs[1] if len(runs) > 1 else None, size, parts[0].sources)
+
+        if promising is not None and not promising(made_of([part.graph.forward for part in parts]).parts):
+            raise Unpromising
+        found = made_of([self._compiled(part, few) for part, few in zip(parts, sizes, strict=True)])
+        self._compare(found, members)
+        return found
+
+    def _compiled(self, part: Part, size: int) -> Run:
+        try:
+            return self.compiled(part.graph, part.inputs, part.trial)
+        except Exception as error:  # whatever the compiler cannot do
+            raise Unfit(f"it cannot be compiled for {size}: {error}") from error
+
+    def _recorded(self, stacked: list[Stacked], size: int, members: int) -> Part:
+        """The recording for `size` members."""
         whole = self.whole
         shapes = [value.shape for value in self.values]
         leaves = [self.values[index] for index in whole.leaves]
@@ -150,13 +184,13 @@ class Chunker:
         sources = [(k, _axis(shapes[k], shape, members, size)) for k, shape in zip(positions, own, strict=True)]
         if any(changed and dim is None for changed, (_, dim) in zip(is_written, sources, strict=True)):
             raise Unfit("it writes to a tensor that all members share")
-        inputs = [self.values[k] if dim is None else self.values[k].narrow(dim, 0, size) for k, dim in sources]
+        with torch.no_grad():  # a graph would keep the leaves' nodes, which know the shape for all
+            inputs = [self.values[k] if dim is None else self.values[k].narrow(dim, 0, size) for k, dim in sources]
         written = [memory_key(self.values[k]) in whole.written for k, _ in sources]
-        trial = lambda: [copied(x) if own else x for x, own in zip(inputs, written, strict=True)]  # noqa: E731 # short
-        try:
-            return self.compiled(part.graph, inputs, trial), sources
-        except Exception as error:  # whatever the compiler cannot do
-            raise Unfit(f"it cannot be compiled for {size}: {error}") from error
+        return Part(
+            part.graph, inputs, sources,
+            lambda: [copied(x) if own else x for x, own in zip(inputs, written, strict=True)],
+        )  # fmt: skip
 
     def _position(self, part: Program, index: int) -> int:
         """The input of the whole program that is input `index` of the part's."""

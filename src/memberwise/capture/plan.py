@@ -11,7 +11,7 @@ import time
 import torch
 
 from memberwise.capture import progress
-from memberwise.capture.chunks import Chunker, Run, Unfit
+from memberwise.capture.chunks import Chunker, Run, Unfit, Unpromising
 from memberwise.capture.remembered import Plan, Remembered
 
 WORTH = 150e-6
@@ -26,6 +26,10 @@ BUDGET = 20.0
 
 TRIAL = 0.2
 """Seconds for which each candidate is timed."""
+
+GAIN = 0.95
+"""Where it takes longer than the budget to compile: the part of the time of all at once that a candidate must take,
+both run operation by operation, to be compiled. What chunks gain in caches or by other kernels shows there, too."""
 
 
 def sizes(members: int, seconds: float) -> list[int]:
@@ -42,7 +46,13 @@ def sizes(members: int, seconds: float) -> list[int]:
 
 
 class Planner(Chunker):
-    """Chooses how one recording runs."""
+    """Chooses how one recording runs.
+
+    Attributes:
+        compiled_in: seconds that all members at once took to compile.
+    """
+
+    compiled_in = 0.0
 
     def plan(self, remembered: Remembered) -> tuple[Run, str]:
         """All members at once, or so many at a time; and why."""
@@ -73,10 +83,14 @@ class Planner(Chunker):
         if not candidates:
             return best, Plan(0, f"all at once: {seconds / members * 1e6:.0f} us a member")
         told = []
+        promising = self._is_promising if self.compiled_in > BUDGET else None
         for candidate in candidates:
             progress.told(f"compiling a step for members {_told(candidate)}")
             try:
-                chunks = self.chunks(candidate)
+                chunks = self.chunks(candidate, promising)
+            except Unpromising:
+                told.append(f"{_told(candidate)} not compiled, as it promises less than it takes")
+                continue
             except Unfit as reason:
                 if not told:
                     return best, Plan(0, f"all at once: {_told(candidate)}, {reason}")
@@ -88,6 +102,10 @@ class Planner(Chunker):
             if time.monotonic() > end:
                 break
         return best, Plan(size, f"{_told(size)}: {'; '.join(told)}")
+
+    def _is_promising(self, chunks: Run) -> bool:
+        whole, own = self._seconds(self.whole.graph.forward, chunks)
+        return own < GAIN * whole
 
     def _seconds(self, *runs: Run) -> list[float]:
         """The least time of each run, on copies, taken in turns: a busy machine slows all of them."""
