@@ -13,6 +13,7 @@ from torch import fx
 from memberwise._torch.inductor import Trial, begin_graph, compile_graph
 from memberwise.capture.outline import by_regions
 from memberwise.capture.regions import Uncut
+from memberwise.capture.unfused import unfused
 
 
 class Compiled:
@@ -27,7 +28,7 @@ class Compiled:
         """The compiled `graph`. Nothing runs on `inputs`; if there is a `trial`, it has run on what that gives."""
         key = structure(graph, inputs)
         if key not in self._entries:
-            self._entries[key] = graph.forward if self.backend == "fx" else _compiled(graph, inputs, trial)
+            self._entries[key] = graph.forward if self.backend == "fx" else _compiled(unfused(graph), inputs, trial)
         self._entries.move_to_end(key)
         while len(self._entries) > self.size:
             self._entries.popitem(last=False)

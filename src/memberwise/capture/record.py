@@ -166,7 +166,7 @@ class Recorder(DispatchMode):
     def _name_results(self, node: fx.Node, out: Any) -> None:
         if isinstance(out, torch.Tensor):
             self._nodes[out] = node
-            node.meta["kind"] = (out.shape, out.stride())
+            node.meta["kind"], node.meta["dtype"] = (out.shape, out.stride()), out.dtype
             return
         for index, made in enumerate(out or ()):
             if isinstance(made, torch.Tensor):
