@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
+from memberwise.capture.several import SeveralSteps
 from memberwise.capture.step import CapturedStep
 from memberwise.errors import ArgumentError, fail
 
@@ -18,16 +19,18 @@ BACKENDS = ("inductor", "fx")
 
 
 @overload
-def compile(step: Callable[P, R], *, chunk: int | Literal["auto"] = ..., backend: str = ...) -> Callable[P, R]: ...
+def compile(
+    step: Callable[P, R], *, chunk: int | Literal["auto"] = ..., backend: str = ..., steps_per_call: int = ...
+) -> Callable[P, R]: ...
 
 
 @overload
 def compile(
-    step: None = None, *, chunk: int | Literal["auto"] = ..., backend: str = ...
+    step: None = None, *, chunk: int | Literal["auto"] = ..., backend: str = ..., steps_per_call: int = ...
 ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
 
-def compile(step: Any = None, *, chunk: Any = "auto", backend: str = "inductor") -> Any:
+def compile(step: Any = None, *, chunk: Any = "auto", backend: str = "inductor", steps_per_call: int = 1) -> Any:
     """Capture a training step: the same function, replayed as one compiled program from its third call on.
 
     The first call of each kind runs eagerly and is recorded: forward, backward, clipping and optimizer, below
@@ -51,12 +54,17 @@ def compile(step: Any = None, *, chunk: Any = "auto", backend: str = "inductor")
             chunk. A step whose members depend on each other, or with no stack or optimizer of ours in it, runs all at
             once.
         backend: "inductor", or "fx" to replay the recorded operations one by one, uncompiled.
+        steps_per_call: more than one says that a call has the data of several steps. All tensors among the arguments
+            have one dimension more, the first, with an entry a step, about so many (a last call may have fewer); what
+            the steps return is stacked there. In chunks, a few members at a time go through all of them, and what they
+            need stays in the processor's caches. Learning rates are those at the start of the call.
 
     Returns:
         The captured function. Its attribute `captured` is a `CapturedStep`, which knows what was recorded and why not.
 
     Raises:
-        ArgumentError: (a ValueError) `step` is not callable, or `chunk` or `backend` is wrong [MW504].
+        ArgumentError: (a ValueError) `step` is not callable, or another argument is wrong [MW504]; a call for several
+            steps has no data for each [MW506].
 
     >>> import torch
     >>> weight = torch.ones(3, 2, requires_grad=True)              # M = 3
@@ -76,18 +84,21 @@ def compile(step: Any = None, *, chunk: Any = "auto", backend: str = "inductor")
     (1, 2)
     """
     if step is None:
-        return functools.partial(compile, chunk=chunk, backend=backend)
+        return functools.partial(compile, chunk=chunk, backend=backend, steps_per_call=steps_per_call)
     if not callable(step):
         fail(ArgumentError, "MW504", f"expected a function, found a {type(step).__name__}")
     if chunk != "auto" and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
         fail(ArgumentError, "MW504", f"chunk: expected 'auto' or a number of members, found {chunk!r}")
     if backend not in BACKENDS:
         fail(ArgumentError, "MW504", f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
-    captured = CapturedStep(step, chunk, backend)
+    if not isinstance(steps_per_call, int) or isinstance(steps_per_call, bool) or steps_per_call < 1:
+        fail(ArgumentError, "MW504", f"steps_per_call: expected a number of steps, found {steps_per_call!r}")
+    captured = CapturedStep(step, chunk, backend, steps_per_call)
+    run = captured if steps_per_call == 1 else SeveralSteps(captured)
 
     @functools.wraps(step, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
-        return captured(args, kwargs)
+        return run(args, kwargs)
 
     call.captured = captured  # type: ignore[attr-defined] # a function, so that it binds as a method does
     return call

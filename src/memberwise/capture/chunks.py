@@ -69,18 +69,45 @@ class Chunks:
 
     def parts(self, *inputs: torch.Tensor) -> list[Sequence[torch.Tensor]]:
         """The outputs of each chunk; state is written in place."""
-        cut = [(inputs[k], None) if dim is None else (inputs[k].split(self.size, dim), dim) for k, dim in self.sources]
-        count = max(len(pieces) for pieces, dim in cut if dim is not None)
-        outputs = []
+        (outputs,) = self._parts([inputs])
+        return outputs
+
+    def _parts(self, steps: Sequence[Sequence[torch.Tensor]]) -> list[list[Sequence[torch.Tensor]]]:
+        """The outputs of each step's chunks; one chunk after the other goes through all steps."""
+        cuts: dict[tuple[int, int], Sequence[torch.Tensor]] = {}
+        cut = [[self._cut(inputs[k], dim, cuts) for k, dim in self.sources] for inputs in steps]
+        count = max(len(pieces) for pieces in cuts.values())
+        outputs: list[list[Sequence[torch.Tensor]]] = [[] for _ in steps]
         for chunk in range(count):
             run = self.rest if self.rest is not None and chunk == count - 1 else self.run
-            outputs.append(run(*(pieces if dim is None else pieces[chunk] for pieces, dim in cut)))
+            for pieces, found in zip(cut, outputs, strict=True):
+                found.append(run(*[one if isinstance(one, torch.Tensor) else one[chunk] for one in pieces]))
         return outputs
+
+    def _cut(self, value: torch.Tensor, dim: int | None, cuts: dict[tuple[int, int], Sequence[torch.Tensor]]) -> Any:
+        """One tensor as a piece a chunk, cut once."""
+        if dim is None:
+            return value
+        if (id(value), dim) not in cuts:
+            cuts[id(value), dim] = value.split(self.size, dim)
+        return cuts[id(value), dim]
 
     def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         """What the program for all returns."""
-        columns = zip(*self.parts(*inputs), strict=True)
+        return self._joined(self.parts(*inputs))
+
+    def several(self, steps: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
+        """What it returns for each of several steps."""
+        return [self._joined(parts) for parts in self._parts(steps)]
+
+    def _joined(self, parts: list[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        columns = zip(*parts, strict=True)
         return [torch.cat(column, dim) for column, dim in zip(columns, self.axes, strict=True)]
+
+
+def several(run: Run, steps: Sequence[Sequence[torch.Tensor]]) -> Sequence[Sequence[torch.Tensor]]:
+    """What a program returns for each of several steps."""
+    return run.several(steps) if isinstance(run, Chunks) else [run(*inputs) for inputs in steps]
 
 
 class Chunker:

@@ -51,6 +51,11 @@ class Draw:
             if isinstance(arg, torch.Tensor) and arg is not self.example and id(arg) not in fixed:
                 self.given.append((k, position(arg)))
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether it may be taken before the steps that come before it: it reads nothing that they write."""
+        return not any(isinstance(arg, torch.Tensor) and arg is not self.example for arg in self.args)
+
     def take(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
         """Draw, with these values of the program."""
         args = self.args
@@ -89,6 +94,11 @@ class MemberDraws(Draw):
         """Look up the tensors among the arguments at each draw."""
         for draw in self.draws:
             draw.bind(position, fixed)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether all of them may be."""
+        return all(draw.is_ahead for draw in self.draws)
 
     def take(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
         """Draw for each member."""

@@ -11,7 +11,7 @@ import time
 import torch
 
 from memberwise.capture import progress
-from memberwise.capture.chunks import Chunker, Run, Unfit, Unpromising
+from memberwise.capture.chunks import Chunker, Run, Unfit, Unpromising, several
 from memberwise.capture.remembered import Plan, Remembered
 
 WORTH = 150e-6
@@ -50,9 +50,11 @@ class Planner(Chunker):
 
     Attributes:
         compiled_in: seconds that all members at once took to compile.
+        steps: how many steps a call has: each candidate is timed on so many.
     """
 
     compiled_in = 0.0
+    steps = 1
 
     def plan(self, remembered: Remembered) -> tuple[Run, str]:
         """All members at once, or so many at a time; and why."""
@@ -79,9 +81,9 @@ class Planner(Chunker):
     def _measured(self, members: int) -> tuple[Run, Plan]:
         best, size, end = self._run(), 0, time.monotonic() + BUDGET
         (seconds,) = self._seconds(best)
-        candidates = sizes(members, seconds)
+        candidates = sizes(members, seconds / self.steps)
         if not candidates:
-            return best, Plan(0, f"all at once: {seconds / members * 1e6:.0f} us a member")
+            return best, Plan(0, f"all at once: {seconds / self.steps / members * 1e6:.0f} us a member")
         told = []
         promising = self._is_promising if self.compiled_in > BUDGET else None
         for candidate in candidates:
@@ -113,11 +115,11 @@ class Planner(Chunker):
         best, end = [float("inf")] * len(runs), time.perf_counter() + TRIAL * len(runs)
         with torch.no_grad():
             for run, own in zip(runs, inputs, strict=True):
-                run(*own)
+                several(run, [own])
             while time.perf_counter() < end or best[-1] == float("inf"):
                 for k, (run, own) in enumerate(zip(runs, inputs, strict=True)):
                     start = time.perf_counter()
-                    run(*own)
+                    several(run, [own] * self.steps)
                     best[k] = min(best[k], time.perf_counter() - start)
         return best
 

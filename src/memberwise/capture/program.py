@@ -213,6 +213,15 @@ class Program:
         self._note_memory()  # the check stays: it holds for what is exchanged, and would forget what else has changed
         return True
 
+    @property
+    def repeats(self) -> bool:
+        """Whether it stands for the next step wherever it stands for one: all that one step leaves and another finds is
+        written in place, or a gradient that it takes away before it looks."""
+        after = dict(zip(self.leaves, self.filled, strict=True))
+        after |= {leaf: output is not None for leaf, output in self.grads_out}
+        carried = self.stores or self.grads_in or list(after.values()) != self.filled
+        return not carried and all(draw.is_ahead for _, draw in self.draws)
+
     def replay(self, values: list[torch.Tensor]) -> Any:
         """Bring hyperparameters up to date, draw, run, put results in their places, and build what the step returns."""
         for optimizer in self.optimizers:
@@ -221,10 +230,36 @@ class Program:
             values[index] = draw.take(values)
         with torch.no_grad():
             outputs = self.run(*values[: self.count])  # type: ignore[misc] # compiled by the caller
+        self._leave(values, outputs)
+        return self._returned(values, outputs)
+
+    def replay_several(self, steps: Sequence[list[torch.Tensor]], several: Callable[..., Any]) -> list[Any]:
+        """As many steps, all draws first; `several(run, inputs of each)` gives the outputs of each."""
+        for optimizer in self.optimizers:
+            optimizer.sync_hyperparameters()
+        for values in steps:
+            for index, draw in self.draws:
+                drawn = draw.take(values)
+                values[index] = copied(drawn) if drawn is draw.example else drawn  # which the next would overwrite
+        with torch.no_grad():
+            found = several(self.run, [values[: self.count] for values in steps])
+        self._leave(steps[-1], found[-1])
+        return [self._returned(values, outputs) for values, outputs in zip(steps, found, strict=True)]
+
+    def of_another_call(self, values: list[torch.Tensor], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The values of a call like one that was matched, with other tensors given."""
+        values = values.copy()
+        for index, position in self.given:
+            values[index] = tensors[position]
+        return values
+
+    def _leave(self, values: list[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         for place, output in self.stores:
             place.write(outputs[output])
         for leaf, output in self.grads_out:
             values[leaf].grad = None if output is None else outputs[output]
+
+    def _returned(self, values: list[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Any:
         if type(self.result) is Output:
             return outputs[self.result.index]
         return tree_map(lambda leaf: _resolve(leaf, outputs, values), self.result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from memberwise._torch.inductor import compiler_missing
 from memberwise.capture.arguments import Arguments
 from memberwise.capture.assembly import Assembly, Before, Refused
 from memberwise.capture.cache import Compiled, structure
-from memberwise.capture.chunks import Unfit
+from memberwise.capture.chunks import Unfit, several
 from memberwise.capture.draws import host_states
 from memberwise.capture.excerpt import Stacked
 from memberwise.capture.plan import Planner
@@ -43,9 +43,12 @@ class CapturedStep(Unfollowed):
         plans: for each program compiled, how many members run at once, and why.
     """
 
-    def __init__(self, step: Callable[..., Any], chunk: int | str = "auto", backend: str = "inductor") -> None:
+    def __init__(
+        self, step: Callable[..., Any], chunk: int | str = "auto", backend: str = "inductor", steps_per_call: int = 1
+    ) -> None:
         self.step = step
         self.chunk = chunk
+        self.steps_per_call = steps_per_call
         self.plans: list[str] = []
         self.programs: list[Program] = []
         self.refusals: list[Refusal] = []
@@ -59,20 +62,42 @@ class CapturedStep(Unfollowed):
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the step: by a recording that stands for this call, else eagerly."""
-        if self._eager or mode_depth() or functorch_active() or torch.compiler.is_compiling():
+        if self._stands_aside():
             return self.step(*args, **kwargs)
         arguments = Arguments(args, kwargs)
-        for program in self.programs:
-            values = program.match(arguments)
-            if values is not None:
-                return self._replay(program, values, args, kwargs)
+        found = self._matching(arguments)
+        if found is not None:
+            return self._replay(*found, args, kwargs)
         self._note_missed(arguments)
         return self._record(arguments, args, kwargs)
 
+    def several(self, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
+        """As many calls, one after the other: by a recording that stands for all of them, else each by itself."""
+        found = None if len(calls) < 2 or self._stands_aside() else self._matching(Arguments(*calls[0]))
+        if found is None or found[0].run is None or not found[0].repeats:
+            return [self(*call) for call in calls]
+        program, values = found
+        self.replayed += len(calls)
+        self._recorded_in_a_row = 0
+        return program.replay_several(
+            [program.of_another_call(values, Arguments(*call).tensors) for call in calls], several
+        )
+
+    def _matching(self, arguments: Arguments) -> tuple[Program, list[torch.Tensor]] | None:
+        """The recording that stands for a call, now the first, and its values."""
+        for program in self.programs:
+            values = program.match(arguments)
+            if values is not None:
+                if program is not self.programs[0]:
+                    self.programs.remove(program)
+                    self.programs.insert(0, program)
+                return program, values
+        return None
+
+    def _stands_aside(self) -> bool:
+        return self._eager or bool(mode_depth()) or functorch_active() or torch.compiler.is_compiling()
+
     def _replay(self, program: Program, values: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
-        if program is not self.programs[0]:
-            self.programs.remove(program)
-            self.programs.insert(0, program)
         if program.run is None and not program.eager:
             with compiling():
                 self._compile(program, values, args, kwargs)
@@ -108,10 +133,10 @@ class CapturedStep(Unfollowed):
         arguments = Arguments(args, kwargs)
         marked = [Stacked(*entry) for entry in arguments.marked]
         planner = Planner(program, values, lambda: self._recorded(args, kwargs), self._compiled.get, marked)
-        planner.compiled_in = seconds
+        planner.compiled_in, planner.steps = seconds, self.steps_per_call
         if self.chunk == "auto":
             if self._compiled.backend == "inductor":
-                kind = structure(program.graph, values[: program.count])
+                kind = structure(program.graph, values[: program.count]), self.steps_per_call
                 program.run, text = planner.plan(Remembered(kind))
                 self.plans.append(text)
             return
