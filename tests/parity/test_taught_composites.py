@@ -176,6 +176,21 @@ def test_a_result_may_be_written_if_it_may_be_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_a_result_may_be_written_through_a_view_with_gradients_off(name: str) -> None:
+    """A node that makes its result as a view must not show that."""
+
+    def func(*own: torch.Tensor) -> Any:
+        out = LAYERS[name][0](*own)
+        with torch.no_grad():
+            for entry in [out] if isinstance(out, torch.Tensor) else out:
+                entry.unsqueeze(0).mul_(2.0)
+        return out
+
+    if allowed_alone(func, given(name)):
+        check(func, *given(name))
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_an_argument_may_be_written_later_if_it_may_be_alone(name: str, request: pytest.FixtureRequest) -> None:
     """With the gradient of one argument asked for, and another written after its use."""
     expect_refusal(request, name)

@@ -74,7 +74,7 @@ class _Node(torch.autograd.Function):
             ctx.save_for_backward(*[args[place] for place in places], *kept)
         elif kept:
             ctx.save_for_backward(*kept)
-        return out if below[-1] else call.wrapped(out, region)
+        return _no_views(out, region) if below[-1] else call.wrapped(out, region)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -97,6 +97,13 @@ class _Node(torch.autograd.Function):
 
 
 _NONE = (None,) * 5
+
+
+def _no_views(out: Any, region: Region) -> Any:
+    """Results that are no views to autograd, as alone: of a view that a Function made, other writes are an error."""
+    if type(out) is tuple:
+        return tuple([_no_views(entry, region) for entry in out])
+    return _outside(region, torch.ops.aten._unsafe_view.default, out, out.shape) if out._is_view() else out
 
 
 def _with_unsaved(call: Composite, args: list[Any], unsaved: Any) -> list[Any]:
