@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -160,6 +162,44 @@ def test_cut_it_computes_the_same(name: str) -> None:
     assert count >= len(made) + LAYERS, "what repeats is made once"
     operations = sum(node.op == "call_function" for node in program.graph.graph.nodes)
     assert sum(node.op == "call_function" for graph in made for node in graph.graph.nodes) < 0.7 * operations
+
+
+@pytest.mark.parametrize("joined", [1, 2, 3, 100])
+@pytest.mark.parametrize("name", MODELS)
+def test_neighbours_that_do_the_same_are_joined(name: str, joined: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outline, "JOINED", (joined,))
+    monkeypatch.setattr(outline, "LONG", 0)
+    monkeypatch.setattr(outline, "MOST", 1.0)
+    program = recorded(*step_of(name))
+    runs = [region.form for region in regions.regions(program.graph.graph)]
+    lengths = [len([*run]) for _, run in itertools.groupby(runs)]
+    made: list[fx.GraphModule] = []
+    run, count = _cut(program, made)
+    assert count == sum(math.ceil(length / joined) for length in lengths)
+    assert max(lengths) > 2 or name == "blocks"
+    whole, cut = program.copies(program.values), program.copies(program.values)
+    for _ in range(2):
+        expected, found = program.graph.forward(*whole), run(*cut)
+        for ours, theirs in zip((*found, *cut), (*expected, *whole), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "long", "joined"), [(100, 10**6, 1), (9, 10**6, 2), (7, 10**6, 4), (0, 10**6, None), (0, 0, 8)]
+)
+def test_as_few_are_joined_as_the_step_allows(
+    allowed: float, long: int, joined: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of twelve cells, each way; `allowed`: how many calls it has time for."""
+    monkeypatch.setattr(outline, "_seconds", lambda *_: (allowed + 0.5) * outline.CALL / outline.SHARE)
+    monkeypatch.setattr(outline, "LONG", long)
+    monkeypatch.setattr(outline, "MOST", 1.0)
+    program = recorded(*step_of("recurrent"))
+    if joined is None:
+        with pytest.raises(Uncut, match="too much of the step"):
+            _cut(program, [])
+        return
+    assert _cut(program, [])[1] == len(regions.regions(program.graph.graph, joined))
 
 
 @pytest.mark.usefixtures("short")

@@ -20,8 +20,11 @@ CALL = 60e-6
 """Seconds that a region takes by itself: its call (some 25 us), and memory that one graph would have used again. A
 step of a two-layer transformer, 25 regions: 1.4 ms more than whole, for one member and for eight."""
 
-SHARE = 0.01
-"""Of a step's time, how much all of that may take, unless the recording is long."""
+SHARE = 0.005
+"""Of a step's time, operation by operation, how much all of that may take, unless the recording is long."""
+
+JOINED = (1, 2, 4, 8)
+"""How many neighbours of one form become one region, at most: as few as that allows, as each kind is compiled."""
 
 LONG = 1500
 """Operations beyond which a recording is cut whatever the calls take: 4300, compiled whole, took five minutes."""
@@ -113,17 +116,12 @@ def by_regions(module: fx.GraphModule, trial: Trial, begin: Begin) -> tuple[Run,
         trial: copies of its inputs to run on.
         begin: as `Kind` takes it.
     """
-    found = regions(module.graph)
-    total = sum(len(region.nodes) for region in found)
-    distinct = {region.form: len(region.nodes) for region in found}
-    if sum(distinct.values()) > MOST * total:
-        raise Uncut("too little of it repeats")
-    if total <= LONG and len(found) * CALL > SHARE * _seconds(module, trial):
-        raise Uncut("its calls would take too much of the step")
+    found = _chosen(module, trial)
+    distinct = len({region.form for region in found})
     begun = itertools.count()
 
     def counted(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[[Trial], Run]:
-        told("preparing a step, by what repeats", next(begun), len(distinct))
+        told("preparing a step, by what repeats", next(begun), distinct)
         return begin(graph, inputs)
 
     kinds = Kinds(counted)
@@ -132,6 +130,28 @@ def by_regions(module: fx.GraphModule, trial: Trial, begin: Begin) -> tuple[Run,
     kinds.end()
     outline.forward(*trial())
     return outline.forward, len(found)
+
+
+def _chosen(module: fx.GraphModule, trial: Trial) -> list[Region]:
+    """The regions: the smallest whose calls take little of the step, or else the largest of a long one."""
+    allowed = SHARE * _seconds(module, trial)
+    found: list[Region] = []
+    for joined in JOINED:
+        larger = regions(module.graph, joined)
+        if sum({region.form: len(region.nodes) for region in larger}.values()) > MOST * _size(larger):
+            break
+        found = larger
+        if len(found) * CALL <= allowed:
+            return found
+    if not found:
+        raise Uncut("too little of it repeats")
+    if _size(found) <= LONG:
+        raise Uncut("its calls would take too much of the step")
+    return found
+
+
+def _size(found: Sequence[Region]) -> int:
+    return sum(len(region.nodes) for region in found)
 
 
 def _seconds(module: fx.GraphModule, trial: Callable[[], Sequence[torch.Tensor]]) -> float:

@@ -11,9 +11,9 @@ it is free.
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from torch import fx
@@ -104,13 +104,15 @@ class Region:
     """Operations that run one after the other, as one graph of their own.
 
     Attributes:
-        nodes: the operations, in order; the views among them that need not be are left outside.
+        all_nodes: the operations, in order.
+        nodes: those that are not left outside, as some views are.
         inputs: the nodes outside that they read, in order of first use.
         outputs: the nodes of it that are read outside, filled in by who knows what is read of its like.
     """
 
     def __init__(self, nodes: Sequence[fx.Node], aliases: Aliases) -> None:
         self.aliases = aliases
+        self.all_nodes = nodes
         self._changed = {aliases.base(one) for node in nodes for one in _written(node)}
         self._inside: set[fx.Node] = set()
         own = set(nodes)
@@ -212,10 +214,11 @@ class _Numbered:
         return "{} {}".format(*self.number)
 
 
-def regions(graph: fx.Graph) -> list[Region]:
+def regions(graph: fx.Graph, joined: int = 1) -> list[Region]:
     """The recording as regions, in order; those of one form have the same outputs. Raises `Uncut`.
 
-    They hold all operations but for `get_attr` and the views that are taken outside.
+    They hold all operations but for `get_attr` and the views that are taken outside. Of neighbours that do the same,
+    `joined` become one.
     """
     aliases = Aliases(graph)
     units = _units(graph)
@@ -233,10 +236,20 @@ def regions(graph: fx.Graph) -> list[Region]:
     begins = {start for repeat in found for start in repeat.starts}
     ends = {start + repeat.length for repeat in found for start in repeat.starts}
     cuts = sorted({0, len(units), *begins, *ends})
-    made = [Region([node for unit in units[a:b] for node in unit], aliases) for a, b in pairwise(cuts)]
-    made = [region for region in made if region.nodes]
+    stretches = [[node for unit in units[a:b] for node in unit] for a, b in pairwise(cuts)]
+    made = [region for region in (Region(nodes, aliases) for nodes in stretches) if region.nodes]
+    if joined > 1:
+        made = [Region(nodes, aliases) for nodes in _joined(made, joined)]
     _set_outputs(made)
     return made
+
+
+def _joined(made: Sequence[Region], most: int) -> Iterator[list[fx.Node]]:
+    """The operations of neighbours of one form, of `most` at a time."""
+    for _, run in groupby(made, key=lambda region: region.form):
+        alike = [*run]
+        for start in range(0, len(alike), most):
+            yield [node for region in alike[start : start + most] for node in region.all_nodes]
 
 
 def _set_outputs(made: Iterable[Region]) -> None:
