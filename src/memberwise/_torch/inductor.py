@@ -102,12 +102,14 @@ def _built_aside() -> Iterator[None]:
         return _Later(cls.load_pybinding_async(*args, **kwargs, submit_fn=AsyncCompile.submit))
 
     with _lock:
-        assert "load_pybinding" not in vars(CppWrapperCodeCache), "it inherits what is hidden here"
+        own = vars(CppWrapperCodeCache).get("load_pybinding")  # torch 2.13 inherits it
         CppWrapperCodeCache.load_pybinding = classmethod(load)  # type: ignore[assignment] # taken off below
         try:
             yield
         finally:
             del CppWrapperCodeCache.load_pybinding
+            if own is not None:
+                CppWrapperCodeCache.load_pybinding = own
 
 
 _lock = threading.Lock()
