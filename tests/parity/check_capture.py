@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from memberwise._torch.inductor import begin_graph
-from memberwise.capture import outline
+from memberwise.capture import compile, outline
 from memberwise.testing.tolerance import assert_equal
 from tests.parity.test_capture import INPUTS, check, training
 from tests.parity.test_capture_regions import MODELS, recorded, step_of
+from tests.parity.twins import assert_same
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -26,6 +27,17 @@ def test_fifty_compiled_steps(kind: str, optimizer: str) -> None:
 @pytest.mark.parametrize("kind", INPUTS)
 def test_fifty_compiled_steps_without_seeds(kind: str) -> None:
     check(kind, lambda: training(kind, "adamw", seeded=False), backend="inductor")
+
+
+@pytest.mark.parametrize("chunk", [2, 3])
+def test_compiled_steps_in_chunks(chunk: int) -> None:
+    """Members left over are a smaller chunk, compiled for itself."""
+    captured = compile(training("mlp", "adamw", members=5).step, chunk=chunk)
+    twin = training("mlp", "adamw", members=5)
+    for _ in range(6):
+        x = INPUTS["mlp"][1]()
+        assert_same(captured(x), twin.step(x), "returned", exact=False)
+    assert captured.captured.plans == [f"{chunk} at a time, as told"]
 
 
 @pytest.fixture

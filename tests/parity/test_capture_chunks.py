@@ -179,7 +179,7 @@ def test_a_trial_changes_nothing() -> None:
     objects = {name: id(p) for name, p in world.stack.named_parameters()}
     streams = [generator.get_state() for generator in world.stack.generators]
     program.run = program.graph.forward
-    core._plan(program, values, (x,), {}, 0.0)
+    core._plan(program, values, (x,), {})
     assert core.plans == ["1 at a time, as told"]
     after = tensors_of(world)
     assert before.keys() == after.keys()
@@ -268,7 +268,7 @@ def test_auto_stops_where_its_budget_ends(folder: Path, monkeypatch: pytest.Monk
 def test_what_takes_long_to_compile_must_be_faster_uncompiled(
     seconds: float, size: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "BUDGET", 0.0)
+    monkeypatch.setattr(plan, "LONG", 10)
     made: list[Any] = []
     monkeypatch.setattr(chunks.Chunker, "_compiled", lambda self, part, size: made.append(size) or part.graph.forward)
     captured = _planned(Clock(whole=1.0, of_1=seconds), monkeypatch)

@@ -211,8 +211,8 @@ class Chunker:
         sources = [(k, _axis(shapes[k], shape, members, size)) for k, shape in zip(positions, own, strict=True)]
         if any(changed and dim is None for changed, (_, dim) in zip(is_written, sources, strict=True)):
             raise Unfit("it writes to a tensor that all members share")
-        with torch.no_grad():  # a graph would keep the leaves' nodes, which know the shape for all
-            inputs = [self.values[k] if dim is None else self.values[k].narrow(dim, 0, size) for k, dim in sources]
+        views = [value.detach() for value in self.values]  # a graph would keep the leaves' nodes, and these the shape
+        inputs = [self.values[k] if dim is None else views[k].narrow(dim, 0, size) for k, dim in sources]
         written = [memory_key(self.values[k]) in whole.written for k, _ in sources]
         return Part(
             part.graph, inputs, sources,

@@ -12,6 +12,7 @@ import torch
 
 from memberwise.capture import progress
 from memberwise.capture.chunks import Chunker, Run, Unfit, Unpromising, several
+from memberwise.capture.outline import LONG
 from memberwise.capture.remembered import Plan, Remembered
 
 WORTH = 150e-6
@@ -28,8 +29,8 @@ TRIAL = 0.2
 """Seconds for which each candidate is timed."""
 
 GAIN = 0.95
-"""Where it takes longer than the budget to compile: the part of the time of all at once that a candidate must take,
-both run operation by operation, to be compiled. What chunks gain in caches or by other kernels shows there, too."""
+"""Of a long recording: the part of the time of all at once that a candidate must take, both run operation by operation,
+to be compiled. What chunks gain in caches or by other kernels shows there, too."""
 
 
 def sizes(members: int, seconds: float) -> list[int]:
@@ -49,11 +50,9 @@ class Planner(Chunker):
     """Chooses how one recording runs.
 
     Attributes:
-        compiled_in: seconds that all members at once took to compile.
         steps: how many steps a call has: each candidate is timed on so many.
     """
 
-    compiled_in = 0.0
     steps = 1
 
     def plan(self, remembered: Remembered) -> tuple[Run, str]:
@@ -85,7 +84,7 @@ class Planner(Chunker):
         if not candidates:
             return best, Plan(0, f"all at once: {seconds / self.steps / members * 1e6:.0f} us a member")
         told = []
-        promising = self._is_promising if self.compiled_in > BUDGET else None
+        promising = self._is_promising if len(self.whole.graph.graph.nodes) > LONG else None
         for candidate in candidates:
             progress.told(f"compiling a step for members {_told(candidate)}")
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -116,7 +115,6 @@ class CapturedStep(Unfollowed):
             self._warn("MW502", what, "Install g++ or clang++, or name a compiler in the variable CXX")
             return
         trial = (lambda: program.copies(values)) if program.can_copy(values) else None
-        start = time.monotonic()
         try:
             program.run = self._compiled.get(program.graph, values[: program.count], trial)
         except Exception as error:  # whatever the compiler cannot do, the step can
@@ -126,14 +124,14 @@ class CapturedStep(Unfollowed):
             self.refusals.append(refusal)
             self._warn("MW501", f"the step runs eagerly: {refusal.sentence()}", refusal.advice())
             return
-        self._plan(program, values, args, kwargs, time.monotonic() - start)
+        self._plan(program, values, args, kwargs)
 
-    def _plan(self, program: Program, values: list[torch.Tensor], args: Any, kwargs: Any, seconds: float) -> None:
-        """Choose how many members run at once; all of them took `seconds` to compile."""
+    def _plan(self, program: Program, values: list[torch.Tensor], args: Any, kwargs: Any) -> None:
+        """Choose how many members run at once."""
         arguments = Arguments(args, kwargs)
         marked = [Stacked(*entry) for entry in arguments.marked]
         planner = Planner(program, values, lambda: self._recorded(args, kwargs), self._compiled.get, marked)
-        planner.compiled_in, planner.steps = seconds, self.steps_per_call
+        planner.steps = self.steps_per_call
         if self.chunk == "auto":
             if self._compiled.backend == "inductor":
                 kind = structure(program.graph, values[: program.count]), self.steps_per_call
