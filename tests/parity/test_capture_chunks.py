@@ -12,7 +12,7 @@ from torch import nn
 
 import memberwise
 from memberwise import optim
-from memberwise.capture import chunks, compile, plan
+from memberwise.capture import CapturedStep, chunks, compile, plan
 from memberwise.capture.remembered import Plan, Remembered
 from memberwise.construction import build, stack
 from memberwise.trees import each
@@ -218,14 +218,19 @@ class Clock:
         return [self.seconds[f"of_{one.size}" if isinstance(one, chunks.Chunks) else "whole"] for one in owners]
 
 
+def as_if_compiled(captured: CapturedStep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan a step as with a compiler, and compile nothing."""
+    monkeypatch.setattr(captured._compiled, "backend", "inductor")
+    monkeypatch.setattr("memberwise.capture.step.compiler_missing", lambda: "")
+    monkeypatch.setattr("memberwise.capture.cache.compile_graph", lambda graph, inputs, trial: graph.forward)
+
+
 def _planned(clock: Clock, monkeypatch: pytest.MonkeyPatch, members: int = 4) -> Any:
     """A step that was planned by such a clock."""
     torch.manual_seed(0)
     world = training("mlp", "sgd", members=members)
     captured = compile(world.step, backend="fx").captured
-    monkeypatch.setattr(captured._compiled, "backend", "inductor")
-    monkeypatch.setattr("memberwise.capture.step.compiler_missing", lambda: "")
-    monkeypatch.setattr("memberwise.capture.cache.compile_graph", lambda graph, inputs, trial: graph.forward)
+    as_if_compiled(captured, monkeypatch)
     monkeypatch.setattr(plan.Planner, "_seconds", clock)
     x = INPUTS["mlp"][1]()
     for _ in range(4):

@@ -142,6 +142,15 @@ def _cut(program: Program, made: list[fx.GraphModule]) -> tuple[Callable[..., An
     return outline.by_regions(program.graph, lambda: program.copies(program.values), _plain(made))
 
 
+def assert_the_same(program: Program, run: Callable[..., Any]) -> None:
+    """Twice, on copies: the recording, operation by operation, and `run` give and write the same, to the bit."""
+    whole, cut = program.copies(program.values), program.copies(program.values)
+    for _ in range(2):
+        expected, found = program.graph.forward(*whole), run(*cut)
+        for ours, theirs in zip((*found, *cut), (*expected, *whole), strict=True):
+            assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+
+
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut small steps, too."""
@@ -154,11 +163,7 @@ def test_cut_it_computes_the_same(name: str) -> None:
     program = recorded(*step_of(name))
     made: list[fx.GraphModule] = []
     run, count = _cut(program, made)
-    whole, cut = program.copies(program.values), program.copies(program.values)
-    for _ in range(2):
-        expected, found = program.graph.forward(*whole), run(*cut)
-        for ours, theirs in zip((*found, *cut), (*expected, *whole), strict=True):
-            assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+    assert_the_same(program, run)
     assert count >= len(made) + LAYERS, "what repeats is made once"
     operations = sum(node.op == "call_function" for node in program.graph.graph.nodes)
     assert sum(node.op == "call_function" for graph in made for node in graph.graph.nodes) < 0.7 * operations
@@ -177,11 +182,7 @@ def test_neighbours_that_do_the_same_are_joined(name: str, joined: int, monkeypa
     run, count = _cut(program, made)
     assert count == sum(math.ceil(length / joined) for length in lengths)
     assert max(lengths) > 2 or name == "blocks"
-    whole, cut = program.copies(program.values), program.copies(program.values)
-    for _ in range(2):
-        expected, found = program.graph.forward(*whole), run(*cut)
-        for ours, theirs in zip((*found, *cut), (*expected, *whole), strict=True):
-            assert torch.equal(ours, theirs)
+    assert_the_same(program, run)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_as_few_are_joined_as_the_step_allows(
         with pytest.raises(Uncut, match="too much of the step"):
             _cut(program, [])
         return
-    assert _cut(program, [])[1] == len(regions.regions(program.graph.graph, joined))
+    assert _cut(program, [])[1] == len(regions.joined(regions.regions(program.graph.graph), joined))
 
 
 @pytest.mark.usefixtures("short")

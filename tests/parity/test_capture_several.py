@@ -16,6 +16,7 @@ from memberwise.construction import build, stack
 from memberwise.errors import ArgumentError
 from memberwise.trees import each
 from tests.parity.test_capture import INPUTS, training
+from tests.parity.test_capture_chunks import as_if_compiled
 from tests.parity.twins import assert_same
 
 
@@ -193,9 +194,7 @@ def test_a_number_of_steps_is_asked_for(steps: Any) -> None:
 def test_candidates_are_timed_on_as_many_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     captured = compile(training("mlp", "sgd", members=4).step, backend="fx", steps_per_call=5).captured
-    monkeypatch.setattr(captured._compiled, "backend", "inductor")
-    monkeypatch.setattr("memberwise.capture.step.compiler_missing", lambda: "")
-    monkeypatch.setattr("memberwise.capture.cache.compile_graph", lambda graph, inputs, trial: graph.forward)
+    as_if_compiled(captured, monkeypatch)
     counts: list[int] = []
     several = plan.several
     monkeypatch.setattr(plan, "several", lambda run, steps: counts.append(len(steps)) or several(run, steps))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 from memberwise.capture import CapturedStep, compile
 
@@ -56,14 +57,11 @@ def assert_same(captured: Any, eager: Any, what: str, exact: bool) -> None:
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype, f"{what}{name}: {ours[name].dtype} is not {tensor.dtype}"
         if exact:
-            assert _identical(ours[name], tensor), f"{what}{name}: {ours[name]} is not {tensor}"
+            assert_close(  # to the bit; a training that diverges alike is alike
+                ours[name], tensor, rtol=0, atol=0, equal_nan=True, msg=f"{what}{name}: {ours[name]} is not {tensor}"
+            )
         else:
             assert_equal(ours[name], tensor, f"{what}{name}")
-
-
-def _identical(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether all numbers are the same; not a number, where the other is not one (a training that diverges)."""
-    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 class Twins:

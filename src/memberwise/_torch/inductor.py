@@ -149,12 +149,17 @@ def know_vectors() -> None:
     with contextlib.suppress(Exception):  # no compiler or folder: Inductor tries by itself
         has = cpu_vec_isa.x86_isa_checker()
         names = torch.__version__, cpp_builder.get_cpp_compiler(), sorted(has)
-        path = cache_folder() / "memberwise" / hashlib.sha256(repr(names).encode()).hexdigest()[:32]
+        path = kept_at(names)
         with config.patch({"cpp.vec_isa_ok": True}) if path.exists() else contextlib.nullcontext():
             found = cpu_vec_isa.valid_vec_isa_list()
         if found and found == [isa for isa in cpu_vec_isa.supported_vec_isa_list if {*str(isa).split()} <= {*has}]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
+
+
+def kept_at(what: Any) -> Path:
+    """Where to remember something of `what`: beside what Inductor keeps, under a name made of its `repr`."""
+    return cache_folder() / "memberwise" / hashlib.sha256(repr(what).encode()).hexdigest()[:32]
 
 
 def cache_folder() -> Path:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
-from memberwise.capture.several import SeveralSteps
+from memberwise.capture.several import several_steps
 from memberwise.capture.step import CapturedStep
 from memberwise.errors import ArgumentError, fail
 
@@ -94,7 +94,7 @@ def compile(step: Any = None, *, chunk: Any = "auto", backend: str = "inductor",
     if not isinstance(steps_per_call, int) or isinstance(steps_per_call, bool) or steps_per_call < 1:
         fail(ArgumentError, "MW504", f"steps_per_call: expected a number of steps, found {steps_per_call!r}")
     captured = CapturedStep(step, chunk, backend, steps_per_call)
-    run = captured if steps_per_call == 1 else SeveralSteps(captured)
+    run = captured if steps_per_call == 1 else functools.partial(several_steps, captured)
 
     @functools.wraps(step, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:

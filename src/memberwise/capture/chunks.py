@@ -211,13 +211,17 @@ class Chunker:
         sources = [(k, _axis(shapes[k], shape, members, size)) for k, shape in zip(positions, own, strict=True)]
         if any(changed and dim is None for changed, (_, dim) in zip(is_written, sources, strict=True)):
             raise Unfit("it writes to a tensor that all members share")
-        views = [value.detach() for value in self.values]  # a graph would keep the leaves' nodes, and these the shape
-        inputs = [self.values[k] if dim is None else views[k].narrow(dim, 0, size) for k, dim in sources]
+        inputs = [self._first(k, dim, size) for k, dim in sources]
         written = [memory_key(self.values[k]) in whole.written for k, _ in sources]
         return Part(
             part.graph, inputs, sources,
             lambda: [copied(x) if own else x for x, own in zip(inputs, written, strict=True)],
         )  # fmt: skip
+
+    def _first(self, index: int, dim: int | None, size: int) -> torch.Tensor:
+        """The first `size` members' part of an input; without a graph, whose leaves would keep the shape for all."""
+        value = self.values[index]
+        return value if dim is None else value.detach().narrow(dim, 0, size)
 
     def _position(self, part: Program, index: int) -> int:
         """The input of the whole program that is input `index` of the part's."""

@@ -14,7 +14,7 @@ from torch import fx
 from memberwise._torch.inductor import Trial
 from memberwise.capture.program import copied
 from memberwise.capture.progress import told
-from memberwise.capture.regions import Region, Uncut, regions
+from memberwise.capture.regions import Region, Uncut, joined, regions
 
 CALL = 60e-6
 """Seconds that a region takes by itself: its call (some 25 us), and memory that one graph would have used again. A
@@ -23,8 +23,8 @@ step of a two-layer transformer, 25 regions: 1.4 ms more than whole, for one mem
 SHARE = 0.005
 """Of a step's time, operation by operation, how much all of that may take, unless the recording is long."""
 
-JOINED = (1, 2, 4, 8)
-"""How many neighbours of one form become one region, at most: as few as that allows, as each kind is compiled."""
+JOINED = (2, 4, 8)
+"""How many neighbours of one form become one region where calls would take more: as few as do, for each is compiled."""
 
 LONG = 1500
 """Operations beyond which a recording is cut whatever the calls take: 4300, compiled whole, took five minutes."""
@@ -134,20 +134,23 @@ def by_regions(module: fx.GraphModule, trial: Trial, begin: Begin) -> tuple[Run,
 
 def _chosen(module: fx.GraphModule, trial: Trial) -> list[Region]:
     """The regions: the smallest whose calls take little of the step, or else the largest of a long one."""
+    smallest = found = regions(module.graph)
+    if not _repeats(smallest):
+        raise Uncut("too little of it repeats")
     allowed = SHARE * _seconds(module, trial)
-    found: list[Region] = []
-    for joined in JOINED:
-        larger = regions(module.graph, joined)
-        if sum({region.form: len(region.nodes) for region in larger}.values()) > MOST * _size(larger):
-            break
-        found = larger
+    larger = itertools.takewhile(_repeats, (joined(smallest, most) for most in JOINED))
+    for found in itertools.chain([smallest], larger):
         if len(found) * CALL <= allowed:
             return found
-    if not found:
-        raise Uncut("too little of it repeats")
-    if _size(found) <= LONG:
+    if _size(smallest) <= LONG:
         raise Uncut("its calls would take too much of the step")
     return found
+
+
+def _repeats(found: Sequence[Region]) -> bool:
+    """Whether enough of the recording need not be compiled again."""
+    kinds = {region.form: len(region.nodes) for region in found}
+    return sum(kinds.values()) <= MOST * _size(found)
 
 
 def _size(found: Sequence[Region]) -> int:

@@ -11,7 +11,7 @@ it is free.
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any
@@ -214,11 +214,10 @@ class _Numbered:
         return "{} {}".format(*self.number)
 
 
-def regions(graph: fx.Graph, joined: int = 1) -> list[Region]:
+def regions(graph: fx.Graph) -> list[Region]:
     """The recording as regions, in order; those of one form have the same outputs. Raises `Uncut`.
 
-    They hold all operations but for `get_attr` and the views that are taken outside. Of neighbours that do the same,
-    `joined` become one.
+    They hold all operations but for `get_attr` and the views that are taken outside.
     """
     aliases = Aliases(graph)
     units = _units(graph)
@@ -237,22 +236,22 @@ def regions(graph: fx.Graph, joined: int = 1) -> list[Region]:
     ends = {start + repeat.length for repeat in found for start in repeat.starts}
     cuts = sorted({0, len(units), *begins, *ends})
     stretches = [[node for unit in units[a:b] for node in unit] for a, b in pairwise(cuts)]
-    made = [region for region in (Region(nodes, aliases) for nodes in stretches) if region.nodes]
-    if joined > 1:
-        made = [Region(nodes, aliases) for nodes in _joined(made, joined)]
-    _set_outputs(made)
-    return made
+    return _with_outputs([region for region in (Region(nodes, aliases) for nodes in stretches) if region.nodes])
 
 
-def _joined(made: Sequence[Region], most: int) -> Iterator[list[fx.Node]]:
-    """The operations of neighbours of one form, of `most` at a time."""
-    for _, run in groupby(made, key=lambda region: region.form):
+def joined(found: Sequence[Region], most: int) -> list[Region]:
+    """The same recording in fewer regions: of neighbours of one form, `most` become one."""
+    made = []
+    for _, run in groupby(found, key=lambda region: region.form):
         alike = [*run]
         for start in range(0, len(alike), most):
-            yield [node for region in alike[start : start + most] for node in region.all_nodes]
+            nodes = [node for region in alike[start : start + most] for node in region.all_nodes]
+            made.append(Region(nodes, alike[0].aliases))
+    return _with_outputs(made)
 
 
-def _set_outputs(made: Iterable[Region]) -> None:
+def _with_outputs(made: list[Region]) -> list[Region]:
+    """All of them, those of one form with the same outputs."""
     alike: dict[Hashable, list[Region]] = {}
     for region in made:
         alike.setdefault(region.form, []).append(region)
@@ -260,6 +259,7 @@ def _set_outputs(made: Iterable[Region]) -> None:
         outputs = sorted(set().union(*(region.escapes() for region in group)))
         for region in group:
             region.outputs = outputs
+    return made
 
 
 def _units(graph: fx.Graph) -> list[list[fx.Node]]:

@@ -8,7 +8,6 @@ cannot be read or written is none.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from memberwise._torch.inductor import cache_folder
+from memberwise._torch.inductor import kept_at
 
 
 class Plan(NamedTuple):
@@ -40,24 +39,21 @@ class Remembered:
         machine = platform.machine(), torch.backends.cpu.get_cpu_capability(), os.cpu_count(), torch.get_num_threads()
         cards = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
         machine = *machine, cards, torch.__version__, version("memberwise")
-        self.name = hashlib.sha256(repr((structure, machine)).encode()).hexdigest()[:32]
+        self._path = kept_at((structure, machine)).with_suffix(".json")
 
     def get(self) -> Plan | None:
         """What was put here, by this process or another."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            known = json.loads(self._path().read_text())
+            known = json.loads(self._path.read_text())
             return Plan(int(known["size"]), str(known["text"]))
         return None
 
     def put(self, plan: Plan) -> None:
         """Keep it; another process sees the whole file, or none."""
-        path = self._path()
+        folder = self._path.parent
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent)
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=folder)
             with os.fdopen(handle, "w") as file:
                 json.dump(plan._asdict(), file)
-            Path(name).replace(path)
-
-    def _path(self) -> Path:
-        return cache_folder() / "memberwise" / f"{self.name}.json"
+            Path(name).replace(self._path)

@@ -16,20 +16,9 @@ from memberwise.errors import ArgumentError, fail
 from memberwise.trees import Each, tree_leaves, tree_map, tree_transpose_map
 
 
-class SeveralSteps:
-    """A captured step that is called with the data of several.
-
-    Attributes:
-        captured: the step.
-    """
-
-    def __init__(self, captured: CapturedStep) -> None:
-        self.captured = captured
-
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a step for each entry of the arguments' first dimension; what they return, stacked there."""
-        outs = self.captured.several(steps_of(args, kwargs))
-        return tree_transpose_map(_together, outs)
+def several_steps(captured: CapturedStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a step for each entry of the arguments' first dimension; what they return, stacked there."""
+    return tree_transpose_map(_together, captured.several(steps_of(args, kwargs)))
 
 
 def steps_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
