@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import fx
 
-from memberwise._torch import identity, inductor, tensorguards
+from memberwise._torch import identity, inductor, openmp, tensorguards
 from memberwise._torch.dispatch import DispatchMode
 
 
@@ -128,8 +129,8 @@ def test_a_program_that_fails_when_it_runs_is_compiled_otherwise(monkeypatch: py
     class Compiler:
         def __call__(self, module, inputs, options):
             def run(*args):
-                tried.append(options)
-                if options:
+                tried.append("cpp_wrapper" in options)
+                if "cpp_wrapper" in options:
                     raise RuntimeError("no such operation in C++")
                 return module(*args)
 
@@ -141,9 +142,39 @@ def test_a_program_that_fails_when_it_runs_is_compiled_otherwise(monkeypatch: py
     x = torch.ones(2)
     run = inductor.compile_graph(fx.GraphModule({}, graph), [x], lambda: [x])
     assert run(x)[0] is x
-    assert tried == [{"cpp_wrapper": True}, {}, {}]
+    assert tried == [True, False, False]
     assert inductor.compile_graph(fx.GraphModule({}, graph), [x], None)(x)[0] is x
-    assert tried[3:] == [{}]
+    assert tried[3:] == [False]
+
+
+def test_what_a_graph_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks: convolutions get another memory order, which is slower; chunks in lanes share their loops among threads
+    that are busy with other chunks."""
+    given = []
+    monkeypatch.setattr("torch._inductor.compile", lambda module, inputs, options: given.append(options))
+    graph = fx.Graph()
+    graph.output((graph.placeholder("x"),))
+    for threads in (0, 1):
+        inductor.compile_graph(fx.GraphModule({}, graph), [torch.ones(2)], None, threads)
+    as_it_is = {"layout_optimization": False}
+    assert given == [as_it_is, {"cpp.threads": 1, **as_it_is}]
+    known = torch._inductor.config.get_config_copy()
+    assert known["layout_optimization"] is True and known["cpp.threads"] == -1  # there, and as they are by default
+
+
+def test_a_team_runs_python_on_the_threads_of_kernels() -> None:
+    """Breaks: chunks on separate cores compete with kernels' own threads, or wait for threads that are not there."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.ones(1 << 20).add_(1)  # the kernels' threads have started
+        found: dict[int, tuple[int, int]] = {}
+        openmp.in_team(lambda k: found.update({k: (threading.get_ident(), torch.get_num_threads())}), 4, 2)
+        assert found[0] == found[2] == (threading.get_ident(), 1)
+        assert found[1] == found[3] and found[1][0] != found[0][0] and found[1][1] == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_graph_that_was_begun_is_built_aside() -> None:

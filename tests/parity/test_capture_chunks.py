@@ -12,7 +12,7 @@ from torch import nn
 
 import memberwise
 from memberwise import optim
-from memberwise.capture import CapturedStep, chunks, compile, plan
+from memberwise.capture import CapturedStep, chunker, chunks, compile, plan
 from memberwise.capture.remembered import Plan, Remembered
 from memberwise.construction import build, stack
 from memberwise.trees import each
@@ -178,8 +178,7 @@ def test_a_trial_changes_nothing() -> None:
     before = {name: tensor.clone() for name, tensor in tensors_of(world).items()}
     objects = {name: id(p) for name, p in world.stack.named_parameters()}
     streams = [generator.get_state() for generator in world.stack.generators]
-    program.run = program.graph.forward
-    core._plan(program, values, (x,), {})
+    core._planned(program, values, (x,), {})
     assert core.plans == ["1 at a time, as told"]
     after = tensors_of(world)
     assert before.keys() == after.keys()
@@ -215,14 +214,19 @@ class Clock:
     def __call__(self, *runs: Any) -> list[float]:
         self.asked += 1
         owners = [getattr(run, "__self__", run) for run in runs]  # of a bound method, run uncompiled
-        return [self.seconds[f"of_{one.size}" if isinstance(one, chunks.Chunks) else "whole"] for one in owners]
+        return [self.seconds[self._name(one)] for one in owners]
+
+    def _name(self, one: Any) -> str:
+        if not isinstance(one, chunks.Chunks):
+            return "whole"
+        return f"of_{one.size}" if one.lanes == 1 else f"of_{one.size}_on_{one.lanes}"
 
 
 def as_if_compiled(captured: CapturedStep, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plan a step as with a compiler, and compile nothing."""
     monkeypatch.setattr(captured._compiled, "backend", "inductor")
     monkeypatch.setattr("memberwise.capture.step.compiler_missing", lambda: "")
-    monkeypatch.setattr("memberwise.capture.cache.compile_graph", lambda graph, inputs, trial: graph.forward)
+    monkeypatch.setattr("memberwise.capture.cache.compile_graph", lambda graph, inputs, trial, threads: graph.forward)
 
 
 def _planned(clock: Clock, monkeypatch: pytest.MonkeyPatch, members: int = 4) -> Any:
@@ -265,7 +269,7 @@ def test_auto_tries_several_sizes(
 
 def test_auto_stops_where_its_budget_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "BUDGET", -1.0)
-    captured = _planned(Clock(whole=1.0, of_1=0.5), monkeypatch, members=17)
+    captured = _planned(Clock(whole=1.0, of_1=0.5, of_8=0.75), monkeypatch, members=17)
     assert captured.plans == ["one at a time: one at a time 500.00 ms, all at once 1000.00"]
 
 
@@ -274,13 +278,11 @@ def test_what_takes_long_to_compile_must_be_faster_uncompiled(
     seconds: float, size: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "LONG", 10)
-    made: list[Any] = []
-    monkeypatch.setattr(chunks.Chunker, "_compiled", lambda self, part, size: made.append(size) or part.graph.forward)
     captured = _planned(Clock(whole=1.0, of_1=seconds), monkeypatch)
-    assert made == [1] * size
     assert isinstance(captured.programs[0].run, chunks.Chunks) == size
-    if not size:
-        assert "one at a time not compiled" in captured.plans[0]
+    told = f"one at a time {100 * seconds:.0f}% of its time, operation by operation"
+    assert captured.plans[0] == ("one at a time: " if size else "all at once: ") + told
+    assert len(captured._compiled._entries) == 1  # nothing else was compiled
 
 
 def test_auto_does_not_try_what_cannot_pay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,8 +310,8 @@ def test_a_plan_is_remembered(faster: bool, folder: Path, monkeypatch: pytest.Mo
 def test_a_plan_that_cannot_be_read_is_none(text: str, folder: Path) -> None:
     kept = Remembered("a step")
     assert kept.get() is None
-    kept.put(Plan(3, "why"))
-    assert Remembered("a step").get() == Plan(3, "why")
+    kept.put(Plan(3, 2, "why"))
+    assert Remembered("a step").get() == Plan(3, 2, "why")
     assert Remembered("another").get() is None
     (path,) = folder.iterdir()
     path.write_text(text)
@@ -319,7 +321,7 @@ def test_a_plan_that_cannot_be_read_is_none(text: str, folder: Path) -> None:
 def test_a_plan_that_cannot_be_kept_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "memberwise").write_text("a file where the folder would be")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    Remembered("a step").put(Plan(3, "why"))
+    Remembered("a step").put(Plan(3, 1, "why"))
     assert Remembered("a step").get() is None
 
 
@@ -335,7 +337,7 @@ def test_a_plan_that_cannot_be_kept_is_not(tmp_path: Path, monkeypatch: pytest.M
     ],
 )
 def test_what_counts_as_rounding(ours: list[float], other: list[float], agree: bool) -> None:
-    assert chunks._agree(torch.tensor(ours), torch.tensor([1.0, 2.0]), torch.tensor(other)) == agree
+    assert chunker._agree(torch.tensor(ours), torch.tensor([1.0, 2.0]), torch.tensor(other)) == agree
 
 
 def test_each_member_has_a_scale_of_its_own() -> None:
@@ -343,10 +345,10 @@ def test_each_member_has_a_scale_of_its_own() -> None:
     theirs = torch.tensor([[1e6, 2e6], [1e-6, 2e-6]])
     ours = theirs.clone()
     ours[1] *= 2
-    assert not chunks._agree(ours, theirs, theirs)
-    assert chunks._agree(theirs * (1 + 1e-6), theirs, theirs)
-    assert chunks._agree(torch.tensor([1, 2]), torch.tensor([1, 2]), torch.tensor([1, 2]))
-    assert not chunks._agree(torch.tensor([1, 2]), torch.tensor([1, 3]), torch.tensor([1, 2]))
+    assert not chunker._agree(ours, theirs, theirs)
+    assert chunker._agree(theirs * (1 + 1e-6), theirs, theirs)
+    assert chunker._agree(torch.tensor([1, 2]), torch.tensor([1, 2]), torch.tensor([1, 2]))
+    assert not chunker._agree(torch.tensor([1, 2]), torch.tensor([1, 3]), torch.tensor([1, 2]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -383,7 +385,7 @@ def test_large_state_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
         captured((x,), {})
     program = captured.programs[0]
     assert not program.can_copy(program.values)
-    planner = plan.Planner(program, program.values, None, None, [])  # type: ignore[arg-type] # unused
+    planner = plan.Planner(program, program.values, None, lambda *args: None, [])  # type: ignore[arg-type] # unused
     assert "too large" in planner.plan(Remembered("unused"))[1]
 
 

@@ -13,7 +13,7 @@ from memberwise.capture.draws import Draw
 from memberwise.capture.guards import Change, Guards
 from memberwise.capture.merging import merge_draws
 from memberwise.capture.places import Place
-from memberwise.capture.program import Input, Output, Program, Setting, hooks_on
+from memberwise.capture.program import Input, Like, Output, Program, Setting, hooks_on
 from memberwise.capture.reach import PLAIN, Reach
 from memberwise.capture.record import Recorder, is_write
 from memberwise.capture.refusals import Refusal
@@ -50,6 +50,7 @@ class Assembly:
         self.before = before
         self.recorder = recorder
         self.outputs: list[fx.Node] = []
+        self.kinds: list[Like] = []
         self.values: list[torch.Tensor] = []
         self.given: list[tuple[int, int]] = []
         self.moving: list[tuple[int, Place]] = []
@@ -101,6 +102,7 @@ class Assembly:
             moving=self.moving,
             draws=self.draws,
             stores=self.stores,
+            outputs=self.kinds,
             result=result,
             guards=before.guards.without(stored),
             pinned=self.pinned,
@@ -179,6 +181,7 @@ class Assembly:
             raise Refused("needs-graph", what)
         if node not in self.outputs:
             self.outputs.append(node)
+            self.kinds.append(Like.of(tensor))
         return self.outputs.index(node)
 
     def _store_changes(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,23 +25,30 @@ class Compiled:
         self.backend = backend
         self._entries: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 
-    def get(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Trial | None) -> Callable[..., Any]:
-        """The compiled `graph`. Nothing runs on `inputs`; if there is a `trial`, it has run on what that gives."""
-        key = structure(graph, inputs)
+    def get(
+        self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Trial | None, threads: int = 0
+    ) -> Callable[..., Any]:
+        """The compiled `graph`. Nothing runs on `inputs`; if there is a `trial`, it has run on what that gives.
+
+        Its loops are for as many `threads` (0: as torch uses)."""
+        key = structure(graph, inputs), threads
         if key not in self._entries:
-            self._entries[key] = graph.forward if self.backend == "fx" else _compiled(unfused(graph), inputs, trial)
+            plain = self.backend == "fx"
+            self._entries[key] = graph.forward if plain else _compiled(unfused(graph), inputs, trial, threads)
         self._entries.move_to_end(key)
         while len(self._entries) > self.size:
             self._entries.popitem(last=False)
         return self._entries[key]
 
 
-def _compiled(graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Trial | None) -> Callable[..., Any]:
+def _compiled(
+    graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Trial | None, threads: int
+) -> Callable[..., Any]:
     """By regions, if it repeats itself; else whole."""
     if trial is not None:
         with contextlib.suppress(Uncut), torch.no_grad():
-            return by_regions(graph, trial, begin_graph)[0]
-    return compile_graph(graph, inputs, trial)
+            return by_regions(graph, trial, functools.partial(begin_graph, threads=threads))[0]
+    return compile_graph(graph, inputs, trial, threads)
 
 
 def structure(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Any:

@@ -1,17 +1,22 @@
-"""How many members run at once: all, or a few at a time, whichever is faster on the user's own step.
+"""How members run: all at once, or in chunks of a few, one chunk after the other or one on each core.
 
+Whichever is fastest on the user's own step.
 Measured at a step's first use, on copies of its state, and remembered on disk (`memberwise.capture.remembered`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
 import time
+from typing import NamedTuple
 
 import torch
 
 from memberwise.capture import progress
-from memberwise.capture.chunks import Chunker, Run, Unfit, Unpromising, several
+from memberwise.capture.chunker import Chunker, Prepared, Unfit
+from memberwise.capture.chunks import Run, several
 from memberwise.capture.outline import LONG
 from memberwise.capture.remembered import Plan, Remembered
 
@@ -30,24 +35,39 @@ TRIAL = 0.2
 
 GAIN = 0.95
 """Of a long recording: the part of the time of all at once that a candidate must take, both run operation by operation,
-to be compiled. What chunks gain in caches or by other kernels shows there, too."""
+to be compiled instead. What chunks gain in caches or by other kernels shows there, too."""
 
 
-def sizes(members: int, seconds: float) -> list[int]:
+class Candidate(NamedTuple):
+    """Members of a chunk (0: all), and how many chunks run at a time."""
+
+    size: int = 0
+    lanes: int = 1
+
+    def __str__(self) -> str:
+        text = "all at once" if not self.size else "one at a time" if self.size == 1 else f"{self.size} at a time"
+        return text if self.lanes == 1 else f"{text} on each of {self.lanes} cores"
+
+
+def sizes(members: int, seconds: float, lanes: int = 1) -> list[int]:
     """Members of a chunk, of each candidate, for a step that takes `seconds` for all.
 
     >>> sizes(100, 0.1), sizes(1000, 0.01), sizes(16, 0.0001)
     ([1, 8], [15, 120], [])
+    >>> sizes(100, 0.1, lanes=2), sizes(5, 0.1, lanes=2), sizes(16, 0.0001, lanes=2)
+    ([1, 8, 50], [1, 2], [])
     """
-    size, found = max(1, math.ceil(WORTH * members / seconds)), []
-    while 2 * size <= members:
+    size, found, most = max(1, math.ceil(WORTH * members / seconds)), [], members // max(2, lanes)
+    while size <= most:
         found.append(size)
         size *= GROWTH
+    if lanes > 1 and found and 2 * found[-1] <= most:
+        found.append(most)
     return found
 
 
 class Planner(Chunker):
-    """Chooses how one recording runs.
+    """Chooses how one recording runs, and compiles it so.
 
     Attributes:
         steps: how many steps a call has: each candidate is timed on so many.
@@ -57,56 +77,91 @@ class Planner(Chunker):
 
     def plan(self, remembered: Remembered) -> tuple[Run, str]:
         """All members at once, or so many at a time; and why."""
-        whole, members = self._run(), self.whole.members
-        if members < 2:
-            return whole, "all at once: fewer than two members are known of"
+        if self.whole.members < 2:
+            return self.at_once(), "all at once: fewer than two members are known of"
         if not self.whole.can_copy(self.values):
-            return whole, "all at once: the state is too large to try chunks on copies"
+            return self.at_once(), "all at once: the state is too large to try chunks on copies"
         known = remembered.get()
         if known is not None:
             return self._as_known(known)
-        run, plan = self._measured(members)
+        long = len(self.whole.graph.graph.nodes) > LONG
+        run, choice, why = self._promised() if long else self._measured()
+        plan = Plan(*choice, f"{choice}: {why}")
         remembered.put(plan)
         return run, plan.text
 
+    def at_once(self) -> Run:
+        """The recording for all members, compiled."""
+        trial = self._copies if self.whole.can_copy(self.values) else None
+        return self.compiled(self.whole.graph, self.values[: self.whole.count], trial)
+
     def _as_known(self, plan: Plan) -> tuple[Run, str]:
         if not plan.size:
-            return self._run(), f"{plan.text}, as measured before"
+            return self.at_once(), f"{plan.text}, as measured before"
         try:
-            return self.chunks(plan.size), f"{plan.text}, as measured before"
+            return self.chunks(plan.size, plan.lanes), f"{plan.text}, as measured before"
         except Unfit as reason:  # a step of the same operations may be of another kind
-            return self._run(), f"all at once: {_told(plan.size)}, {reason}"
+            return self.at_once(), f"all at once: {Candidate(plan.size, plan.lanes)}, {reason}"
 
-    def _measured(self, members: int) -> tuple[Run, Plan]:
-        best, size, end = self._run(), 0, time.monotonic() + BUDGET
+    def _promised(self) -> tuple[Run, Candidate, str]:
+        """Of a long recording: what is fastest operation by operation is compiled, and nothing else."""
+        (seconds,) = self._seconds(self.whole.graph.forward)
+        found, told = self._tried(seconds)
+        for taken, candidate, prepared in found:
+            if taken < GAIN:
+                with contextlib.suppress(Unfit):
+                    return self.of(prepared, candidate.lanes), candidate, f"{told}, operation by operation"
+        return self.at_once(), Candidate(), f"{told}, operation by operation"
+
+    def _measured(self) -> tuple[Run, Candidate, str]:
+        """What is fastest, compiled; the candidates in the order of what they promise."""
+        best, choice, end = self.at_once(), Candidate(), time.monotonic() + BUDGET
         (seconds,) = self._seconds(best)
-        candidates = sizes(members, seconds / self.steps)
-        if not candidates:
-            return best, Plan(0, f"all at once: {seconds / self.steps / members * 1e6:.0f} us a member")
+        found, why = self._tried(seconds)
         told = []
-        promising = self._is_promising if len(self.whole.graph.graph.nodes) > LONG else None
-        for candidate in candidates:
-            progress.told(f"compiling a step for members {_told(candidate)}")
+        for _, candidate, prepared in found:
+            progress.told(f"compiling a step for members {candidate}")
             try:
-                chunks = self.chunks(candidate, promising)
-            except Unpromising:
-                told.append(f"{_told(candidate)} not compiled, as it promises less than it takes")
-                continue
+                chunks = self.of(prepared, candidate.lanes)
             except Unfit as reason:
-                if not told:
-                    return best, Plan(0, f"all at once: {_told(candidate)}, {reason}")
-                break
+                told.append(str(reason))
+                continue
             now, own = self._seconds(best, chunks)
-            told.append(f"{_told(candidate)} {own * 1e3:.2f} ms, {_told(size)} {now * 1e3:.2f}")
+            told.append(f"{candidate} {own * 1e3:.2f} ms, {choice} {now * 1e3:.2f}")
             if own < now:
-                best, size = chunks, candidate
+                best, choice = chunks, candidate
             if time.monotonic() > end:
                 break
-        return best, Plan(size, f"{_told(size)}: {'; '.join(told)}")
+        return best, choice, "; ".join(told) or why
 
-    def _is_promising(self, chunks: Run) -> bool:
-        whole, own = self._seconds(self.whole.graph.forward, chunks)
-        return own < GAIN * whole
+    def _tried(self, seconds: float) -> tuple[list[tuple[float, Candidate, Prepared]], str]:
+        """The candidates for a step of so many seconds, the best operation by operation first: the part of the time of
+        all at once that each takes so; and that in words."""
+        members, seconds = self.whole.members, seconds / self.steps
+        candidates = self._candidates(members, seconds)
+        if not candidates:
+            return [], f"{seconds / members * 1e6:.0f} us a member"
+        found, prepared = [], {}
+        try:
+            for size in dict.fromkeys(candidate.size for candidate in candidates):
+                prepared[size] = self.prepared(size)
+        except Unfit as reason:
+            if not prepared:
+                return [], f"{candidates[0]}, {reason}"
+        for candidate in candidates:
+            if candidate.size in prepared:
+                chunks = prepared[candidate.size].uncompiled(candidate.lanes)
+                whole, own = self._seconds(self.whole.graph.forward, chunks)
+                found.append((own / whole, candidate, prepared[candidate.size]))
+        found.sort(key=operator.itemgetter(0))
+        return found, "; ".join(f"{candidate} {100 * part:.0f}% of its time" for part, candidate, _ in found)
+
+    def _candidates(self, members: int, seconds: float) -> list[Candidate]:
+        cores = torch.get_num_threads() if all(value.device.type == "cpu" for value in self.values) else 1
+        found = [Candidate(size) for size in sizes(members, seconds)]
+        if cores > 1:
+            found += [Candidate(size, cores) for size in sizes(members, seconds * cores, cores)]
+        return found
 
     def _seconds(self, *runs: Run) -> list[float]:
         """The least time of each run, on copies, taken in turns: a busy machine slows all of them."""
@@ -121,7 +176,3 @@ class Planner(Chunker):
                     several(run, [own] * self.steps)
                     best[k] = min(best[k], time.perf_counter() - start)
         return best
-
-
-def _told(size: int) -> str:
-    return "all at once" if not size else "one at a time" if size == 1 else f"{size} at a time"

@@ -40,6 +40,23 @@ class Input(Output):
     __slots__ = ()
 
 
+class Like(NamedTuple):
+    """What a tensor is, without its values; an expanded one, as a copy of it is."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Like:
+        return cls(tensor.shape, torch.empty_like(tensor, device="meta").stride(), tensor.dtype, tensor.device)
+
+    def empty(self) -> torch.Tensor:
+        """Another such tensor, not filled."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
 class Setting(NamedTuple):
     """The parts of torch's state that no tensor shows, and that change what a step computes."""
 
@@ -77,6 +94,7 @@ class Program:
         stores: `(place, output)` of tensors that the step leaves in a place.
         grads_in: `(value, leaf)`: values that are the gradient of a value.
         grads_out: `(leaf, output)`: gradients that the step leaves; None as output takes one away.
+        outputs: what each output of the graph is like.
         result: the returned structure, with `Output` and `Input` in the tensors' places.
         guards: the Python values that are taken for granted.
         pinned: by `id`, the value that a tensor is, and all places that hold it.
@@ -103,6 +121,7 @@ class Program:
     stores: list[tuple[Place, int]]
     grads_in: list[tuple[int, int]]
     grads_out: list[tuple[int, int | None]]
+    outputs: list[Like]
     result: Any
     guards: Guards
     pinned: dict[int, tuple[int, list[Place]]]

@@ -22,9 +22,10 @@ from memberwise._torch.inductor import kept_at
 
 
 class Plan(NamedTuple):
-    """How many members run at once (0: all), and why."""
+    """How many members a chunk has (0: all), how many chunks run at a time, and why."""
 
     size: int
+    lanes: int
     text: str
 
 
@@ -45,7 +46,7 @@ class Remembered:
         """What was put here, by this process or another."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             known = json.loads(self._path.read_text())
-            return Plan(int(known["size"]), str(known["text"]))
+            return Plan(int(known["size"]), int(known["lanes"]), str(known["text"]))
         return None
 
     def put(self, plan: Plan) -> None:

@@ -12,7 +12,8 @@ from memberwise._torch.inductor import compiler_missing
 from memberwise.capture.arguments import Arguments
 from memberwise.capture.assembly import Assembly, Before, Refused
 from memberwise.capture.cache import Compiled, structure
-from memberwise.capture.chunks import Unfit, several
+from memberwise.capture.chunker import Unfit
+from memberwise.capture.chunks import Run, several
 from memberwise.capture.draws import host_states
 from memberwise.capture.excerpt import Stacked
 from memberwise.capture.plan import Planner
@@ -114,37 +115,35 @@ class CapturedStep(Unfollowed):
             what = f"the step runs eagerly, as no C++ compiler was found to compile it with: {missing}"
             self._warn("MW502", what, "Install g++ or clang++, or name a compiler in the variable CXX")
             return
-        trial = (lambda: program.copies(values)) if program.can_copy(values) else None
         try:
-            program.run = self._compiled.get(program.graph, values[: program.count], trial)
+            program.run = self._planned(program, values, args, kwargs)
         except Exception as error:  # whatever the compiler cannot do, the step can
             program.eager = True
             lines = str(error).strip().splitlines()  # an assertion says nothing
             refusal = Refusal("not-compiled", ": ".join([type(error).__name__, *lines[:1]]))
             self.refusals.append(refusal)
             self._warn("MW501", f"the step runs eagerly: {refusal.sentence()}", refusal.advice())
-            return
-        self._plan(program, values, args, kwargs)
 
-    def _plan(self, program: Program, values: list[torch.Tensor], args: Any, kwargs: Any) -> None:
-        """Choose how many members run at once."""
+    def _planned(self, program: Program, values: list[torch.Tensor], args: Any, kwargs: Any) -> Run:
+        """Choose how many members run at once, and compile it so."""
         arguments = Arguments(args, kwargs)
         marked = [Stacked(*entry) for entry in arguments.marked]
         planner = Planner(program, values, lambda: self._recorded(args, kwargs), self._compiled.get, marked)
         planner.steps = self.steps_per_call
-        if self.chunk == "auto":
-            if self._compiled.backend == "inductor":
-                kind = structure(program.graph, values[: program.count]), self.steps_per_call
-                program.run, text = planner.plan(Remembered(kind))
-                self.plans.append(text)
-            return
+        if self.chunk == "auto" and self._compiled.backend == "inductor":
+            kind = structure(program.graph, values[: program.count]), self.steps_per_call
+            run, text = planner.plan(Remembered(kind))
+            self.plans.append(text)
+            return run
         if isinstance(self.chunk, int) and self.chunk < (program.members or self.chunk + 1):
             try:
-                program.run = planner.chunks(self.chunk)
+                chunks = planner.chunks(self.chunk)
                 self.plans.append(f"{self.chunk} at a time, as told")
+                return chunks
             except Unfit as reason:
                 self.plans.append(f"all at once: {reason}")
                 self._warn("MW505", f"all members of the step run at once: in chunks, {reason}", "Leave chunk out")
+        return planner.at_once()
 
     def _record(self, arguments: Arguments, args: Any, kwargs: Any) -> Any:
         """Run the step eagerly, watched; keep what was recorded if it can be replayed."""

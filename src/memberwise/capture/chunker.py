@@ -1,0 +1,257 @@
+"""Makes a program for few members of a recording for all.
+
+A step that treats members alike can be recorded for a few of them, and that program run on views of the state. Whether
+a step is of that kind is not proved but tried: it is recorded on copies of the first members' state, and what the
+program for few gives, chunk after chunk on copies of everything, must be what the program for all gives. What is cut
+along which axis shows in the shapes of the two.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from memberwise._torch.identity import memory_key
+from memberwise.capture.chunks import Chunks, Result, Run, Source
+from memberwise.capture.excerpt import Excerpt, Stacked
+from memberwise.capture.into import writing_into
+from memberwise.capture.program import Program, copied
+from memberwise.testing.tolerance import tolerance
+
+NOISE = 10
+"""How many times as much as after a nudge of all inputs in their last bit the results of chunks may differ."""
+
+
+class Unfit(Exception):
+    """Why a step cannot run in chunks of members."""
+
+
+class Part(NamedTuple):
+    """A recording for a few members, to be compiled.
+
+    Attributes:
+        graph: what it computes, written to what it is given after its inputs.
+        inputs: what it is called with, of the first members.
+        sources, results: as `Chunks` has them.
+        trial: copies of the inputs that it may write.
+    """
+
+    graph: fx.GraphModule
+    inputs: list[torch.Tensor]
+    sources: list[Source]
+    results: list[Result]
+    trial: Callable[[], list[torch.Tensor]]
+
+
+class Prepared(NamedTuple):
+    """Chunks of `size` members, recorded and tried: the program for so many, and that for those left over."""
+
+    size: int
+    parts: list[Part]
+
+    def uncompiled(self, lanes: int = 1) -> Chunks:
+        """Chunks that run operation by operation."""
+        return self.of([part.graph.forward for part in self.parts], lanes)
+
+    def of(self, runs: Sequence[Run], lanes: int) -> Chunks:
+        """Chunks that run as these do, so many at a time."""
+        run, rest = (*runs, None)[:2]
+        return Chunks(run, rest, self.size, self.parts[0].sources, self.parts[0].results, lanes)
+
+
+class Chunker:
+    """Makes chunks of one recording.
+
+    Args:
+        whole: the recording.
+        values: those of the call.
+        record: records the step anew, for the members that the state holds.
+        compiled: makes a graph a function, given what it is called with, a trial, and for how many threads.
+        marked: arguments given with `each()`.
+    """
+
+    def __init__(
+        self,
+        whole: Program,
+        values: Sequence[torch.Tensor],
+        record: Callable[[], Program],
+        compiled: Callable[..., Run],
+        marked: Sequence[Stacked],
+    ) -> None:
+        self.whole = whole
+        self.values = values
+        self.record = record
+        self.compiled = compiled
+        self.marked = marked
+
+    def chunks(self, size: int, lanes: int = 1) -> Chunks:
+        """Chunks of `size` members, so many at a time. Raises `Unfit`."""
+        return self.of(self.prepared(size), lanes)
+
+    def of(self, prepared: Prepared, lanes: int) -> Chunks:
+        """The same, compiled: for one thread what runs in lanes; those left over have all cores. Raises `Unfit`."""
+        runs = []
+        for part, threads in zip(prepared.parts, (int(lanes > 1), 0), strict=False):
+            try:
+                runs.append(self.compiled(part.graph, part.inputs, part.trial, threads))
+            except Exception as error:  # whatever the compiler cannot do
+                raise Unfit(f"it cannot be compiled for {prepared.size}: {error}") from error
+        return prepared.of(runs, lanes)
+
+    def prepared(self, size: int) -> Prepared:
+        """Chunks of `size` members, to be compiled. Raises `Unfit`."""
+        members = self.whole.members
+        if not members:
+            raise Unfit("no stack and no optimizer of Memberwise is within its reach")
+        if any(slots.apart for slots in self.whole.stacks):
+            raise Unfit("members are in different modes")
+        if any(slots.differs for slots in self.whole.stacks):
+            raise Unfit("members differ outside their tensors")
+        if len({slots.size() for slots in self.whole.stacks}) > 1:
+            raise Unfit("the stacks have different numbers of members")
+        reasons = []
+        for stacked in self._guesses():
+            try:
+                parts = [self._recorded(stacked, few, members) for few in (size, members % size) if few]
+                self._compare(Prepared(size, parts).uncompiled())
+                return Prepared(size, parts)
+            except Unfit as reason:
+                reasons.append(str(reason))
+        raise Unfit(reasons[0])
+
+    def _guesses(self) -> list[list[Stacked]]:
+        """What may have a member axis: the state and what `each()` marks; or else all that is of that size."""
+        known = {id(entry.tensor): entry for entry in (*map(Stacked, self.whole.stacked), *self.marked)}
+        others = [
+            Stacked(value) for value in self._inputs()
+            if value.ndim and value.shape[0] == self.whole.members and id(value) not in known
+            and not getattr(value, "_memberwise_shared", False)
+        ]  # fmt: skip
+        return [[*known.values()], [*known.values(), *others]] if others else [[*known.values()]]
+
+    def _inputs(self) -> list[torch.Tensor]:
+        """The graph's inputs that are neither drawn nor gradients."""
+        other = {index for index, _ in (*self.whole.draws, *self.whole.grads_in)}
+        return [value for index, value in enumerate(self.values[: self.whole.count]) if index not in other]
+
+    def _recorded(self, stacked: list[Stacked], size: int, members: int) -> Part:
+        """The recording for `size` members."""
+        whole = self.whole
+        shapes = [value.shape for value in self.values]
+        leaves = [self.values[index] for index in whole.leaves]
+        places = [place for place, _ in whole.stores]
+        outside: dict[str, Any] = dict(leaves=leaves, places=places, generators=whole.generators, stacks=whole.stacks)
+        known = {id(entry.tensor) for entry in stacked}
+        written = [Stacked(value, None) for value in self._inputs() if memory_key(value) in whole.written]
+        written = [entry for entry in written if id(entry.tensor) not in known]
+        with Excerpt([*stacked, *written], size, **outside), warnings.catch_warnings(action="ignore"):
+            try:
+                part = self.record()
+            except Exception as error:  # a step may index members, or need all of them
+                raise Unfit(f"it cannot be recorded for {size}: {error}") from error
+            own = [value.shape for value in part.values[: part.count]]
+            is_written = [memory_key(value) in part.written for value in part.values[: part.count]]
+        positions = [self._position(part, index) for index in range(part.count)]
+        sources = [Source(k, _axis(shapes[k], shape, members, size)) for k, shape in zip(positions, own, strict=True)]
+        if any(changed and dim is None for changed, (_, dim) in zip(is_written, sources, strict=True)):
+            raise Unfit("it writes to a tensor that all members share")
+        inputs = [self._first(k, dim, size) for k, dim in sources]
+        written = [memory_key(self.values[k]) in whole.written for k, _ in sources]
+        results = self._results(part, size, members)
+        into = [like.empty().narrow(dim, 0, size) for like, dim in results]
+        return Part(
+            writing_into(part.graph), [*inputs, *into], sources, results,
+            lambda: [*(copied(x) if own else x for x, own in zip(inputs, written, strict=True)), *into],
+        )  # fmt: skip
+
+    def _results(self, part: Program, size: int, members: int) -> list[Result]:
+        """What the results for all are like, and their member axes."""
+        if len(part.outputs) != len(self.whole.outputs):
+            raise Unfit("it has other results for fewer members")
+        pairs = list(zip(self.whole.outputs, part.outputs, strict=True))
+        axes = [_axis(like.shape, own.shape, members, size) for like, own in pairs]
+        if None in axes:
+            raise Unfit("it returns or keeps a value that is not one a member")
+        return [Result(like, axis) for (like, _), axis in zip(pairs, axes, strict=True) if axis is not None]
+
+    def _first(self, index: int, dim: int | None, size: int) -> torch.Tensor:
+        """The first `size` members' part of an input; without a graph, whose leaves would keep the shape for all."""
+        value = self.values[index]
+        return value if dim is None else value.detach().narrow(dim, 0, size)
+
+    def _position(self, part: Program, index: int) -> int:
+        """The input of the whole program that is input `index` of the part's."""
+        drawn = [own for own, _ in part.draws]
+        leaves = {own: leaf for own, leaf in part.grads_in}
+        found = -1
+        if index in drawn and len(part.draws) == len(self.whole.draws):
+            found = self.whole.draws[drawn.index(index)][0]
+        elif index in leaves:
+            leaf = part.values[leaves[index]]
+            found = next((own for own, other in self.whole.grads_in if self.values[other] is leaf), -1)
+        else:
+            found = next((k for k, value in enumerate(self.values) if value is part.values[index]), -1)
+        if not 0 <= found < self.whole.count:
+            raise Unfit("it uses other tensors for fewer members")
+        return found
+
+    # -- trials, on copies
+
+    def _copies(self) -> list[torch.Tensor]:
+        return self.whole.copies(self.values)
+
+    def _compare(self, chunks: Chunks) -> None:
+        """Raise `Unfit` unless chunks give what the whole gives.
+
+        As it does, within rounding: by the table, or by what a nudge of all inputs in their last bit changes. (Where a
+        gradient is nothing but rounding, of a bias before BatchNorm, Adam makes whole steps of it.)
+        """
+        expected, nudged, found = self._copies(), [_nudged(value) for value in self._copies()], self._copies()
+        whole = self.whole.graph.forward
+        with torch.no_grad():
+            outputs, others, own = whole(*expected), whole(*nudged), chunks(*found)
+        for ours, theirs, other in zip((*own, *found), (*outputs, *expected), (*others, *nudged), strict=True):
+            if not _agree(ours, theirs, other):
+                raise Unfit("its results differ, so members depend on each other")
+
+
+def _nudged(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in which each number is larger or smaller by its last bit."""
+    if not tensor.is_floating_point():
+        return tensor
+    generator = torch.Generator(tensor.device).manual_seed(0)
+    up = torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device).to(tensor.dtype)
+    return copied(tensor).mul_(1 + (2 * up - 1) * torch.finfo(tensor.dtype).eps)
+
+
+def _agree(ours: torch.Tensor, theirs: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether `ours` differs from `theirs` by rounding; `other` is `theirs` after a nudge of the inputs."""
+    if not (theirs.is_floating_point() or theirs.is_complex()):
+        return torch.equal(ours, theirs)
+    if not theirs.numel():
+        return True
+    if not torch.equal(ours.isfinite(), theirs.isfinite()):
+        return False
+    difference, noise, scale = map(_largest, (ours - theirs, other - theirs, theirs))
+    allowed = torch.maximum(tolerance(theirs.dtype)[0] * scale, NOISE * noise)
+    return bool((difference <= allowed).all())
+
+
+def _largest(tensor: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each row, of those that are finite."""
+    rows = tensor.reshape(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.reshape(1, -1)
+    return rows.abs().nan_to_num(0.0, 0.0, 0.0).amax(1)
+
+
+def _axis(all_of: Sequence[int], few: Sequence[int], members: int, size: int) -> int | None:
+    """The dimension in which two shapes differ as M and `size` do; None if they do not differ."""
+    if tuple(all_of) == tuple(few):
+        return None
+    differing = [dim for dim, (a, b) in enumerate(zip(all_of, few, strict=False)) if a != b]
+    if len(all_of) != len(few) or len(differing) != 1 or (all_of[differing[0]], few[differing[0]]) != (members, size):
+        raise Unfit(f"a tensor of shape {tuple(all_of)} is of shape {tuple(few)} for {size}")
+    return differing[0]
