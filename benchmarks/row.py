@@ -229,7 +229,7 @@ def compared(found: verify.Trajectory, rival: Rival, check: Check) -> list[str]:
     expected, exact = ((each.first() if rival.alone else each) for each in (check.expected, check.exact))
     if check.dtype is torch.float64:
         return verify.exactly(found, expected)
-    return verify.in_norm(found, expected, exact)
+    return verify.in_norm(found, expected, exact, ours=rival.ours)
 
 
 def count(each: Started, request: Request, check: Check, memory: costs.Memory, found: verify.Trajectory) -> None:
