@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import fx
 
-from memberwise._torch import identity, inductor, openmp, tensorguards
+from memberwise._torch import entry, folder, identity, inductor, openmp, tensorguards
 from memberwise._torch.dispatch import DispatchMode
 
 
@@ -185,8 +185,8 @@ def test_a_graph_that_was_begun_is_built_aside() -> None:
     later: list[inductor._Later] = []
 
     class Noted(inductor._Later):
-        def __init__(self, found: Any) -> None:
-            super().__init__(found)
+        def __init__(self, found: Any, code: str) -> None:
+            super().__init__(found, code)
             later.append(self)
 
     graph = fx.Graph()
@@ -197,10 +197,11 @@ def test_a_graph_that_was_begun_is_built_aside() -> None:
         patch.setattr(inductor, "_Later", Noted)
         end = inductor.begin_graph(fx.GraphModule({}, graph), [torch.ones(3)])
         assert vars(CppWrapperCodeCache).get("load_pybinding") is before
-        assert [one._entry for one in later] == [None]  # nobody has waited
+        assert [one.entry for one in later] == [None]  # nobody has waited
+        assert later[0].takes == 1
         (found,) = end(lambda: [torch.ones(3)])(torch.zeros(3))
     assert torch.equal(found, torch.ones(3))
-    assert later[0]._entry is not None
+    assert later[0].entry is not None
 
 
 @pytest.mark.parametrize("builds", [True, False])
@@ -278,9 +279,80 @@ def test_a_missing_compiler_is_told() -> None:
 def test_where_the_compiler_keeps_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks: plans would be remembered where nobody looks for them, or clears them away."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    assert inductor.cache_folder() == tmp_path
+    assert folder.cache_folder() == tmp_path
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    assert "torchinductor" in inductor.cache_folder().name
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    assert str(folder.cache_folder()) == cache_dir()
+
+
+def _written() -> tuple[fx.GraphModule, Any]:
+    """x += 2 y, which gives y + 1; and what to run it on."""
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    graph.call_function(torch.ops.aten.add_.Tensor, (x, graph.call_function(torch.ops.aten.mul.Tensor, (y, 2.0))))
+    graph.output((graph.call_function(torch.ops.aten.add.Tensor, (y, 1.0)),))
+    return fx.GraphModule({}, graph), lambda: [torch.ones(3), torch.full((3,), 5.0)]
+
+
+def test_a_program_is_the_function_of_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks: each call costs what lies around the function (40 us), and another process must import Inductor."""
+    module, trial = _written()
+    run = inductor.begin_graph(module, trial())(trial)
+    assert isinstance(run, entry.Entry)
+    run.keep(tmp_path / "a program")
+    again = entry.Entry.kept(tmp_path / "a program")
+    assert again is not None
+    for program in (run, again):
+        x, y = trial()
+        versions = x._version, y._version
+        (found,) = program(x, y)
+        assert torch.equal(found, torch.full((3,), 6.0)) and torch.equal(x, torch.full((3,), 11.0))
+        assert (x._version > versions[0], y._version > versions[1]) == (True, False)
+
+
+def test_a_program_in_another_process_needs_no_inductor(tmp_path: Path) -> None:
+    """Breaks: the first captured step of each process takes two seconds more."""
+    code = """
+import sys, torch
+from tests.architecture.test_capture_corners import _written
+from memberwise.capture.cache import Compiled
+module, trial = _written()
+run = Compiled(1, "inductor").get(module, trial(), trial)
+print(run(*trial())[0].tolist(), "torch._inductor" in sys.modules)
+"""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for imports in (True, False):
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == f"[6.0, 6.0, 6.0] {imports}"
+
+
+@pytest.mark.parametrize("kind", ["constant", "alias"])
+def test_a_program_that_is_more_than_its_function_stays_whole(kind: str) -> None:
+    """Breaks: a function would be called with too few tensors, or give a tensor that no longer is the input."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    if kind == "constant":
+        graph.output((graph.call_function(torch.ops.aten.add.Tensor, (x, graph.get_attr("held"))),))
+    else:
+        graph.output((graph.call_function(torch.ops.aten.view.default, (x, [3, 1])),))
+    module = fx.GraphModule({"held": torch.tensor([1.0, 2.0, 4.0])}, graph)
+    run = inductor.begin_graph(module, [torch.ones(3)])(lambda: [torch.ones(3)])
+    given = torch.ones(3)
+    (found,) = run(given)
+    if kind == "constant":
+        assert found.tolist() == [2.0, 3.0, 5.0]
+    else:
+        assert not isinstance(run, entry.Entry) and found.data_ptr() == given.data_ptr()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"library": "/nowhere.so", "module": "a.b", "changed": []}'])
+def test_a_program_whose_library_is_gone_is_none(text: str, tmp_path: Path) -> None:
+    """Breaks: a cache that was cleared in part would fail the step."""
+    path = tmp_path / "a program"
+    path.write_text(text)
+    assert entry.Entry.kept(path) is None
 
 
 def test_a_compiled_graph_is_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,8 +225,7 @@ class Clock:
 def as_if_compiled(captured: CapturedStep, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plan a step as with a compiler, and compile nothing."""
     monkeypatch.setattr(captured._compiled, "backend", "inductor")
-    monkeypatch.setattr("memberwise.capture.step.compiler_missing", lambda: "")
-    monkeypatch.setattr("memberwise.capture.cache.compile_graph", lambda graph, inputs, trial, threads: graph.forward)
+    monkeypatch.setattr("memberwise.capture.cache._begun", lambda graph, inputs, threads: lambda trial: graph.forward)
 
 
 def _planned(clock: Clock, monkeypatch: pytest.MonkeyPatch, members: int = 4) -> Any:

@@ -430,10 +430,7 @@ def test_an_exception_passes_and_leaves_what_the_eager_step_leaves() -> None:
 
 
 def test_what_the_compiler_cannot_do_the_step_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any) -> Any:
-        raise NotImplementedError("no such kernel\nmore")
-
-    monkeypatch.setattr("memberwise.capture.cache.compile_graph", broken)
+    monkeypatch.setattr("memberwise.capture.cache._begun", _broken)
     monkeypatch.setattr("memberwise.capture.step.compiler_missing", lambda: "")
     state = torch.zeros(2)
     captured = compile(lambda x: state.add_(x) * 2)
@@ -441,6 +438,10 @@ def test_what_the_compiler_cannot_do_the_step_does(monkeypatch: pytest.MonkeyPat
     with pytest.warns(StackWarning, match="no such kernel"):
         assert torch.equal(captured(torch.ones(2)), torch.full((2,), 4.0))
     assert torch.equal(state, torch.full((2,), 2.0))
+
+
+def _broken(*args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError("no such kernel\nmore")
 
 
 def test_an_operation_that_the_recorder_trips_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,6 +457,7 @@ def test_an_operation_that_the_recorder_trips_over(monkeypatch: pytest.MonkeyPat
 
 
 def test_no_compiler_means_eager_and_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memberwise.capture.cache._begun", _broken)
     monkeypatch.setattr("memberwise.capture.step.compiler_missing", lambda: "no g++ here")
     state = torch.zeros(2)
     captured = compile(lambda x: state.add_(x) * 2)

@@ -284,10 +284,10 @@ def test_chunks_of_a_cut_step(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_compiler_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error without a message is a reason like any other."""
 
-    def failing(*_: Any) -> Any:
+    def failing(*_: Any, **__: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr(cache, "compile_graph", failing)
+    monkeypatch.setattr(cache, "_begun", failing)
     world = training("mlp", "sgd")
     step = compile(world.step)
     x = INPUTS["mlp"][1]()

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import functools
-import hashlib
+import json
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
+
+from memberwise._torch.entry import Entry, put
+from memberwise._torch.folder import kept_at
 
 _WRAPPERS: tuple[dict[str, Any], ...] = ({"cpp_wrapper": True}, {})
 """Options to try, in turn. With a wrapper in C++, what calls the kernels is compiled as well: an MLP's step with
@@ -31,7 +35,7 @@ CPU's library turns to what it likes in any case, and loops over member by membe
 takes 1.29 times as long a step, a depthwise network 1.19, small ones 0.93 to 1.27."""
 
 Trial = Callable[[], Sequence[torch.Tensor]]
-Compiled = Callable[..., tuple[torch.Tensor, ...]]
+Compiled = Callable[..., Sequence[torch.Tensor]]
 
 
 def compile_graph(
@@ -56,20 +60,39 @@ def begin_graph(
     In between, the C++ compiler works in another process, while the next graph is begun.
     """
     begun: Compiled | None = None
-    with contextlib.suppress(Exception), torch.no_grad(), _built_aside():
+    libraries: list[_Later] = []
+    with contextlib.suppress(Exception), torch.no_grad(), _built_aside(libraries):
         begun = _compile(module, inputs, _WRAPPERS[0], threads)
 
     def end(trial: Trial) -> Compiled:
         with torch.no_grad():
             if begun is not None:
                 with contextlib.suppress(Exception):  # what the last wrapper raises is the reason given
-                    begun(*trial())
-                    return begun
+                    return _direct(begun, libraries, trial)
             run = _compile(module, inputs, _WRAPPERS[-1], threads)
             run(*trial())
             return run
 
     return end
+
+
+def _direct(begun: Compiled, libraries: list[_Later], trial: Trial) -> Compiled:
+    """The function of the library that a compiled graph calls, if that does the same; else the compiled graph."""
+    given = trial()
+    versions = [value._version for value in given]
+    expected = begun(*given)
+    changed = [k for k, (value, before) in enumerate(zip(given, versions, strict=True)) if value._version != before]
+    if len(libraries) != 1 or libraries[0].takes != len(given) or libraries[0].entry is None:
+        return begun  # it is given constants as well, or is several graphs
+    own, entry = trial(), Entry(libraries[0].entry, changed)
+    found = entry(*own)
+    places = {value.untyped_storage().data_ptr() for value in given}
+    apart = all(value.untyped_storage().data_ptr() not in places for value in expected if value.numel())
+    same = len(found) == len(expected) and all(
+        ours.stride() == theirs.stride() and torch.allclose(ours, theirs, equal_nan=True)
+        for ours, theirs in zip((*found, *own), (*expected, *given), strict=True)
+    )
+    return entry if apart and same else begun
 
 
 def _compile(module: fx.GraphModule, inputs: Sequence[torch.Tensor], options: dict[str, Any], threads: int) -> Compiled:
@@ -85,33 +108,41 @@ def _compile(module: fx.GraphModule, inputs: Sequence[torch.Tensor], options: di
 
 
 class _Later:
-    """A function of a library that is being built; the first call waits for it."""
+    """A function of a library that is being built; the first call waits for it.
 
-    def __init__(self, found: Callable[[], Callable[..., Any]]) -> None:
+    Attributes:
+        entry: the function, once it was called.
+        takes: how many tensors it takes.
+    """
+
+    def __init__(self, found: Callable[[], Callable[..., Any]], code: str) -> None:
         self._found = found
-        self._entry: Callable[..., Any] | None = None
+        self.entry: Callable[..., Any] | None = None
+        (count, *_) = (*re.findall(r"raii_handles\(input_handles, (\d+)\)", code), -1)
+        self.takes = int(count)
 
     def __call__(self, *args: Any) -> Any:
-        if self._entry is None:
-            self._entry = self._found()
-        return self._entry(*args)
+        if self.entry is None:
+            self.entry = self._found()
+        return self.entry(*args)
 
 
 @contextmanager
-def _built_aside() -> Iterator[None]:
+def _built_aside(made: list[_Later]) -> Iterator[None]:
     """Here, Inductor's wrappers in C++ are handed to its pool of threads, each of which waits for a compiler.
 
-    Inductor does so with kernels; for a wrapper it waits itself, for two seconds each.
+    Inductor does so with kernels; for a wrapper it waits itself, for two seconds each. All are noted in `made`.
     """
     from torch._inductor.async_compile import AsyncCompile, get_compile_threads
     from torch._inductor.codecache import CppWrapperCodeCache
 
-    if get_compile_threads() <= 1:  # it would call the compiler here, and wait for itself
-        yield
-        return
+    alone = get_compile_threads() <= 1  # its pool would call the compiler here, and wait for itself
+    submit = None if alone else AsyncCompile.submit
 
-    def load(cls: Any, *args: Any, **kwargs: Any) -> _Later:
-        return _Later(cls.load_pybinding_async(*args, **kwargs, submit_fn=AsyncCompile.submit))
+    def load(cls: Any, argtypes: Any, main_code: str, *args: Any, **kwargs: Any) -> _Later:
+        later = cls.load_pybinding_async(argtypes, main_code, *args, **kwargs, submit_fn=submit)
+        made.append(_Later(later, main_code))
+        return made[-1]
 
     with _lock:
         own = vars(CppWrapperCodeCache).get("load_pybinding")  # torch 2.13 inherits it
@@ -152,6 +183,18 @@ def without_onednn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(before)
 
 
+def built(source: str) -> Any:
+    """A library of C++ functions, to be called by `ctypes`; built once on a machine. It shares Inductor's OpenMP."""
+    path = kept_at(source).with_suffix(".json")
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return ctypes.CDLL(json.loads(path.read_text())["library"])
+    from torch._inductor.codecache import CppCodeCache
+
+    library: Any = CppCodeCache.load(source, "cpu")
+    put(path, {"library": library._name})
+    return library
+
+
 @functools.cache
 def know_vectors() -> None:
     """Let Inductor know which vector instructions its compiler can build for, if a former process has seen that it can
@@ -160,25 +203,13 @@ def know_vectors() -> None:
 
     with contextlib.suppress(Exception):  # no compiler or folder: Inductor tries by itself
         has = cpu_vec_isa.x86_isa_checker()
-        names = torch.__version__, cpp_builder.get_cpp_compiler(), sorted(has)
+        names = cpp_builder.get_cpp_compiler(), sorted(has)
         path = kept_at(names)
         with config.patch({"cpp.vec_isa_ok": True}) if path.exists() else contextlib.nullcontext():
             found = cpu_vec_isa.valid_vec_isa_list()
         if found and found == [isa for isa in cpu_vec_isa.supported_vec_isa_list if {*str(isa).split()} <= {*has}]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-
-
-def kept_at(what: Any) -> Path:
-    """Where to remember something of `what`: beside what Inductor keeps, under a name made of its `repr`."""
-    return cache_folder() / "memberwise" / hashlib.sha256(repr(what).encode()).hexdigest()[:32]
-
-
-def cache_folder() -> Path:
-    """Where Inductor keeps what it has compiled: `$TORCHINDUCTOR_CACHE_DIR`, or a folder of the user's for such."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir())
 
 
 def compiler_missing() -> str:

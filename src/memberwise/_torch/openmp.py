@@ -11,6 +11,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from memberwise._torch.inductor import built
+
 _SOURCE = """
 #include <omp.h>
 namespace at { int get_num_threads(); }
@@ -39,6 +41,4 @@ def in_team(work: Callable[[int], object], count: int, threads: int) -> None:
 
 @functools.cache
 def _library() -> Any:
-    from torch._inductor.codecache import CppCodeCache
-
-    return CppCodeCache.load(_SOURCE, "cpu")
+    return built(_SOURCE)

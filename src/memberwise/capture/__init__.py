@@ -50,9 +50,9 @@ def compile(step: Any = None, *, chunk: Any = "auto", backend: str = "inductor",
         step: any function. Tensors among its arguments may differ from call to call; it may be a method.
         chunk: how many members run at once. "auto" measures at the first use, on copies of the state: all, or so many
             at a time as are worth a call, one if that is long enough, one chunk after the other or one on each core;
-            and remembers the choice beside what the compiler keeps, in `$TORCHINDUCTOR_CACHE_DIR`. A number of members that does not divide M leaves a smaller last
-            chunk. A step whose members depend on each other, or with no stack or optimizer of ours in it, runs all at
-            once.
+            and remembers the choice beside what the compiler keeps, in `$TORCHINDUCTOR_CACHE_DIR`. A number of members
+            that does not divide M leaves a smaller last chunk. A step whose members depend on each other, or with no
+            stack or optimizer of ours in it, runs all at once.
         backend: "inductor", or "fx" to replay the recorded operations one by one, uncompiled.
         steps_per_call: more than one says that a call has the data of several steps. All tensors among the arguments
             have one dimension more, the first, with an entry a step, about so many (a last call may have fewer); what

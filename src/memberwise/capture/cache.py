@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from memberwise._torch.entry import Entry
+from memberwise._torch.folder import kept_at
 from memberwise._torch.inductor import Trial, begin_graph, compile_graph
 from memberwise.capture.outline import by_regions
+from memberwise.capture.pooling import with_pooling
 from memberwise.capture.regions import Uncut
 from memberwise.capture.unfused import unfused
 
@@ -34,21 +37,48 @@ class Compiled:
         key = structure(graph, inputs), threads
         if key not in self._entries:
             plain = self.backend == "fx"
-            self._entries[key] = graph.forward if plain else _compiled(unfused(graph), inputs, trial, threads)
+            self._entries[key] = (
+                graph.forward if plain else _compiled(_rewritten(graph, inputs), inputs, trial, threads)
+            )
         self._entries.move_to_end(key)
         while len(self._entries) > self.size:
             self._entries.popitem(last=False)
         return self._entries[key]
 
 
+def _rewritten(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """In operations that are faster compiled."""
+    graph = unfused(graph)
+    return with_pooling(graph) if all(value.device.type == "cpu" for value in inputs) else graph
+
+
 def _compiled(
     graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Trial | None, threads: int
 ) -> Callable[..., Any]:
     """By regions, if it repeats itself; else whole."""
-    if trial is not None:
-        with contextlib.suppress(Uncut), torch.no_grad():
-            return by_regions(graph, trial, functools.partial(begin_graph, threads=threads))[0]
-    return compile_graph(graph, inputs, trial, threads)
+    if trial is None:
+        return compile_graph(graph, inputs, None, threads)
+    begin = functools.partial(_begun, threads=threads)
+    with contextlib.suppress(Uncut), torch.no_grad():
+        return by_regions(graph, trial, begin)[0]
+    return begin(graph, inputs)(trial)
+
+
+def _begun(graph: fx.GraphModule, inputs: Sequence[torch.Tensor], threads: int) -> Callable[[Trial], Any]:
+    """As `begin_graph` does; a program that another process has compiled is loaded from disk, without a compiler."""
+    path = kept_at((structure(graph, inputs), threads or torch.get_num_threads())).with_suffix(".program")
+    known = Entry.kept(path)
+    if known is not None:
+        return lambda trial: known
+    end = begin_graph(graph, inputs, threads)
+
+    def ended(trial: Trial) -> Any:
+        run = end(trial)
+        if isinstance(run, Entry):
+            run.keep(path)
+        return run
+
+    return ended
 
 
 def structure(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Any:

@@ -8,6 +8,7 @@ along which axis shows in the shapes of the two.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from memberwise.capture.chunks import Chunks, Result, Run, Source
 from memberwise.capture.excerpt import Excerpt, Stacked
 from memberwise.capture.into import writing_into
 from memberwise.capture.program import Program, copied
+from memberwise.capture.widened import wide, widened
 from memberwise.testing.tolerance import tolerance
 
 NOISE = 10
@@ -56,6 +58,15 @@ class Prepared(NamedTuple):
     def uncompiled(self, lanes: int = 1) -> Chunks:
         """Chunks that run operation by operation."""
         return self.of([part.graph.forward for part in self.parts], lanes)
+
+    def widened(self) -> Chunks:
+        """The same in float64."""
+        results = [
+            Result(like._replace(dtype=torch.float64) if like.dtype is torch.float32 else like, dim)
+            for like, dim in self.parts[0].results
+        ]
+        run, rest = (*(widened(part.graph).forward for part in self.parts), None)[:2]
+        return Chunks(run, rest, self.size, self.parts[0].sources, results)
 
     def of(self, runs: Sequence[Run], lanes: int) -> Chunks:
         """Chunks that run as these do, so many at a time."""
@@ -117,8 +128,9 @@ class Chunker:
         for stacked in self._guesses():
             try:
                 parts = [self._recorded(stacked, few, members) for few in (size, members % size) if few]
-                self._compare(Prepared(size, parts).uncompiled())
-                return Prepared(size, parts)
+                prepared = Prepared(size, parts)
+                self._compare(prepared)
+                return prepared
             except Unfit as reason:
                 reasons.append(str(reason))
         raise Unfit(reasons[0])
@@ -204,19 +216,30 @@ class Chunker:
     def _copies(self) -> list[torch.Tensor]:
         return self.whole.copies(self.values)
 
-    def _compare(self, chunks: Chunks) -> None:
-        """Raise `Unfit` unless chunks give what the whole gives.
+    def _compare(self, prepared: Prepared) -> None:
+        """Raise `Unfit` unless chunks give what the whole gives, within rounding, in float32 or else in float64."""
+        whole = self.whole.graph
+        if self._is_same(whole.forward, prepared.uncompiled(), self._copies):
+            return
+        with contextlib.suppress(Exception):  # an operation may not be there in float64
 
-        As it does, within rounding: by the table, or by what a nudge of all inputs in their last bit changes. (Where a
-        gradient is nothing but rounding, of a bias before BatchNorm, Adam makes whole steps of it.)
+            def copies() -> list[torch.Tensor]:
+                return list(map(wide, self._copies()))
+
+            if self._is_same(widened(whole).forward, prepared.widened(), copies):
+                return
+        raise Unfit("its results differ, so members depend on each other")
+
+    def _is_same(self, whole: Run, chunks: Run, copies: Callable[[], list[torch.Tensor]]) -> bool:
+        """Whether they differ by no more than the table allows, or than a nudge of all inputs in their last bit does.
+
+        (Where a gradient is nothing but rounding, of a bias before BatchNorm, Adam makes whole steps of it.)
         """
-        expected, nudged, found = self._copies(), [_nudged(value) for value in self._copies()], self._copies()
-        whole = self.whole.graph.forward
+        expected, nudged, found = copies(), [_nudged(value) for value in copies()], copies()
         with torch.no_grad():
             outputs, others, own = whole(*expected), whole(*nudged), chunks(*found)
-        for ours, theirs, other in zip((*own, *found), (*outputs, *expected), (*others, *nudged), strict=True):
-            if not _agree(ours, theirs, other):
-                raise Unfit("its results differ, so members depend on each other")
+        every = zip((*own, *found), (*outputs, *expected), (*others, *nudged), strict=True)
+        return all(_agree(ours, theirs, other) for ours, theirs, other in every)
 
 
 def _nudged(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import platform
-import tempfile
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from memberwise._torch.inductor import kept_at
+from memberwise._torch.entry import put
+from memberwise._torch.folder import kept_at
 
 
 class Plan(NamedTuple):
@@ -37,10 +33,7 @@ class Remembered:
     """
 
     def __init__(self, structure: Any) -> None:
-        machine = platform.machine(), torch.backends.cpu.get_cpu_capability(), os.cpu_count(), torch.get_num_threads()
-        cards = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
-        machine = *machine, cards, torch.__version__, version("memberwise")
-        self._path = kept_at((structure, machine)).with_suffix(".json")
+        self._path = kept_at((structure, torch.get_num_threads())).with_suffix(".json")
 
     def get(self) -> Plan | None:
         """What was put here, by this process or another."""
@@ -51,10 +44,4 @@ class Remembered:
 
     def put(self, plan: Plan) -> None:
         """Keep it; another process sees the whole file, or none."""
-        folder = self._path.parent
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=folder)
-            with os.fdopen(handle, "w") as file:
-                json.dump(plan._asdict(), file)
-            Path(name).replace(self._path)
+        put(self._path, plan._asdict())

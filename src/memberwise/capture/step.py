@@ -109,15 +109,15 @@ class CapturedStep(Unfollowed):
 
     def _compile(self, program: Program, values: list[torch.Tensor], args: Any, kwargs: Any) -> None:
         """Compile a recording, at its first use, and plan how its members run; or give it up."""
-        missing = compiler_missing() if self._compiled.backend == "inductor" else ""
-        if missing:
-            self._eager = True
-            what = f"the step runs eagerly, as no C++ compiler was found to compile it with: {missing}"
-            self._warn("MW502", what, "Install g++ or clang++, or name a compiler in the variable CXX")
-            return
         try:
             program.run = self._planned(program, values, args, kwargs)
         except Exception as error:  # whatever the compiler cannot do, the step can
+            missing = compiler_missing()
+            if missing:
+                self._eager = True
+                what = f"the step runs eagerly, as no C++ compiler was found to compile it with: {missing}"
+                self._warn("MW502", what, "Install g++ or clang++, or name a compiler in the variable CXX")
+                return
             program.eager = True
             lines = str(error).strip().splitlines()  # an assertion says nothing
             refusal = Refusal("not-compiled", ": ".join([type(error).__name__, *lines[:1]]))

@@ -1,0 +1,39 @@
+"""Where to remember what is expensive to find out: beside what Inductor keeps, under names made of what it depends on.
+
+Missing is a public way to ask for that folder; the private one takes a second, as it imports Inductor.
+"""
+
+from __future__ import annotations
+
+import functools
+import getpass
+import hashlib
+import os
+import platform
+import re
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def kept_at(what: Any) -> Path:
+    """Where to keep something of `what`, as its `repr` tells it, on a machine of this kind with these versions."""
+    return cache_folder() / "memberwise" / hashlib.sha256(repr((what, _machine())).encode()).hexdigest()[:32]
+
+
+def cache_folder() -> Path:
+    """Where Inductor keeps what it has compiled: `$TORCHINDUCTOR_CACHE_DIR`, or a folder of the user's for such."""
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if named:
+        return Path(named)
+    return Path(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser()))
+
+
+@functools.cache
+def _machine() -> Any:
+    cards = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    processor = platform.machine(), torch.backends.cpu.get_cpu_capability(), os.cpu_count()
+    return *processor, cards, torch.__version__, torch.version.git_version, version("memberwise")
