@@ -253,8 +253,8 @@ def test_auto_takes_the_faster(faster: bool, folder: Path, monkeypatch: pytest.M
     [
         ({"whole": 1.0, "of_1": 0.5, "of_8": 0.25}, 8),
         ({"whole": 1.0, "of_1": 0.5, "of_8": 0.75}, 1),
-        ({"whole": 1.0, "of_1": 2.0, "of_8": 0.75}, 8),
-        ({"whole": 1.0, "of_1": 2.0, "of_8": 1.5}, 0),
+        ({"whole": 1.0, "of_1": 1.4, "of_8": 0.75}, 8),
+        ({"whole": 1.0, "of_1": 1.4, "of_8": 1.2}, 0),
     ],
 )
 def test_auto_tries_several_sizes(
@@ -264,6 +264,13 @@ def test_auto_tries_several_sizes(
     run = captured.programs[0].run
     assert (run.size if isinstance(run, chunks.Chunks) else 0) == size
     assert captured.plans[0].count(" ms, ") == 2
+
+
+def test_auto_does_not_compile_what_promises_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = _planned(Clock(whole=1.0, of_1=2.0, of_8=1.2), monkeypatch, members=17)
+    assert captured.plans == ["all at once: 8 at a time 1200.00 ms, all at once 1000.00"]
+    captured = _planned(Clock(whole=1.0, of_1=2.0), monkeypatch)
+    assert captured.plans == ["all at once: one at a time 200% of its time"]
 
 
 def test_auto_stops_where_its_budget_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

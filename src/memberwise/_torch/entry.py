@@ -48,8 +48,7 @@ class Entry:
         library = getattr(module, "__file__", None)
         if library is None:
             return
-        known = {"library": library, "module": module.__name__, "changed": self.changed}  # type: ignore[union-attr]
-        put(path, known)
+        put(path, {"library": library, "module": getattr(module, "__name__", ""), "changed": self.changed})
 
     @classmethod
     def kept(cls, path: Path) -> Entry | None:
@@ -71,7 +70,7 @@ def put(path: Path, known: Any) -> None:
 
 
 def _function(module: str, library: str) -> Callable[[Any], Any]:
-    pointer = torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr  # type: ignore[attr-defined]
+    pointer = torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr  # type: ignore[attr-defined] # not in the stubs
     os.environ["_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"] = str(pointer)  # where the library asks for it
     spec = importlib.util.spec_from_file_location(module, library)
     if spec is None or spec.loader is None:

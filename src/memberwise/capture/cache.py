@@ -15,7 +15,6 @@ from memberwise._torch.entry import Entry
 from memberwise._torch.folder import kept_at
 from memberwise._torch.inductor import Trial, begin_graph, compile_graph
 from memberwise.capture.outline import by_regions
-from memberwise.capture.pooling import with_pooling
 from memberwise.capture.regions import Uncut
 from memberwise.capture.unfused import unfused
 
@@ -37,19 +36,11 @@ class Compiled:
         key = structure(graph, inputs), threads
         if key not in self._entries:
             plain = self.backend == "fx"
-            self._entries[key] = (
-                graph.forward if plain else _compiled(_rewritten(graph, inputs), inputs, trial, threads)
-            )
+            self._entries[key] = graph.forward if plain else _compiled(unfused(graph), inputs, trial, threads)
         self._entries.move_to_end(key)
         while len(self._entries) > self.size:
             self._entries.popitem(last=False)
         return self._entries[key]
-
-
-def _rewritten(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
-    """In operations that are faster compiled."""
-    graph = unfused(graph)
-    return with_pooling(graph) if all(value.device.type == "cpu" for value in inputs) else graph
 
 
 def _compiled(

@@ -30,6 +30,10 @@ GROWTH = 8
 BUDGET = 20.0
 """Seconds after which no further candidate is compiled."""
 
+HOPE = 1.5
+"""How much longer than all at once a candidate may take operation by operation, to be compiled all the same: many small
+operations gain more by it than few large ones. (MLPs, M = 10 to 1000, beyond it: none was faster compiled.)"""
+
 TRIAL = 0.2
 """Seconds for which each candidate is timed."""
 
@@ -119,7 +123,9 @@ class Planner(Chunker):
         (seconds,) = self._seconds(best)
         found, why = self._tried(seconds)
         told = []
-        for _, candidate, prepared in found:
+        for part, candidate, prepared in found:
+            if part > HOPE:
+                break
             progress.told(f"compiling a step for members {candidate}")
             try:
                 chunks = self.of(prepared, candidate.lanes)
