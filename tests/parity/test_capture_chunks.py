@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -380,6 +381,40 @@ def test_gradients_that_are_rounding_alone_do_not_forbid_chunks(dtype: torch.dty
     for _ in range(4):
         captured()
     assert captured.captured.plans == ["1 at a time, as told"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_differs_in_float32_is_compared_in_float64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a kink a last bit is a percent of a gradient. What still differs in float64 is refused, as before."""
+    is_same, asked = chunker.Chunker._is_same, []
+
+    def coarse(self: Any, whole: Any, runs: Any, copies: Any) -> bool:
+        asked.append({value.dtype for value in copies() if value.is_floating_point()})
+        return len(asked) > 1 and is_same(self, whole, runs, copies)
+
+    def make(kind: str) -> SimpleNamespace:
+        net = build(lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), seeds=range(4), dtype=dtype)
+        opt = optim.Adam(net.parameters(), lr=0.1)
+        x = torch.randn(16, 3, dtype=dtype)
+
+        def step() -> torch.Tensor:
+            opt.zero_grad()
+            losses = net(x).float().pow(2).mean((1, 2))
+            (losses.sum() if kind == "apart" else losses.mean()).backward()
+            opt.step()
+            return losses
+
+        return SimpleNamespace(step=step)
+
+    monkeypatch.setattr(chunker.Chunker, "_is_same", coarse)
+    for kind, plans in (("apart", ["2 at a time, as told"]), ("dependent", ["all at once: its results differ"])):
+        asked.clear()
+        captured = compile(make(kind).step, chunk=2, backend="fx")
+        with warnings.catch_warnings(action="ignore"):
+            for _ in range(4):
+                captured()
+        assert asked[1] <= {torch.float64} and len(asked) >= 2
+        assert [plan.split(", so")[0] for plan in captured.captured.plans] == plans
 
 
 def test_large_state_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
