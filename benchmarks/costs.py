@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._C._profiler import _ExperimentalConfig
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -63,7 +64,8 @@ def kernels(run: Run, device: str) -> int:
         on_gpu = torch.autograd.DeviceType.CUDA
         names = [event.name for event in found.events() if event.device_type is on_gpu]
         return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    everywhere = _ExperimentalConfig(profile_all_threads=True)  # chunks run on the threads of kernels
+    with profile(activities=[ProfilerActivity.CPU], experimental_config=everywhere) as found:
         run()
     return sum(_kernels_of(event) for event in found.events() if event.cpu_parent is None)
 
