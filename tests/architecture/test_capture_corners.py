@@ -114,7 +114,7 @@ def test_a_graph_that_writes_to_its_inputs_is_compiled() -> None:
     graph.call_function(torch.ops.aten.add_.Tensor, (view, scaled))
     graph.output((scaled,))
     inputs = [torch.nn.Parameter(torch.ones(2, 3)), torch.ones(3)]
-    run = inductor.compile_graph(fx.GraphModule({}, graph), inputs, lambda: [t.detach().clone() for t in inputs])
+    run = inductor.begin_graph(fx.GraphModule({}, graph), inputs)(lambda: [t.detach().clone() for t in inputs])
     assert torch.equal(inputs[0], torch.ones(2, 3))
     with torch.no_grad():
         (out,) = run(*inputs)
@@ -140,10 +140,10 @@ def test_a_program_that_fails_when_it_runs_is_compiled_otherwise(monkeypatch: py
     graph = fx.Graph()
     graph.output((graph.placeholder("x"),))
     x = torch.ones(2)
-    run = inductor.compile_graph(fx.GraphModule({}, graph), [x], lambda: [x])
+    run = inductor.begin_graph(fx.GraphModule({}, graph), [x])(lambda: [x])
     assert run(x)[0] is x
     assert tried == [True, False, False]
-    assert inductor.compile_graph(fx.GraphModule({}, graph), [x], None)(x)[0] is x
+    assert inductor.compile_untried(fx.GraphModule({}, graph), [x])(x)[0] is x
     assert tried[3:] == [False]
 
 
@@ -155,7 +155,7 @@ def test_what_a_graph_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = fx.Graph()
     graph.output((graph.placeholder("x"),))
     for threads in (0, 1):
-        inductor.compile_graph(fx.GraphModule({}, graph), [torch.ones(2)], None, threads)
+        inductor.compile_untried(fx.GraphModule({}, graph), [torch.ones(2)], threads)
     as_it_is = {"layout_optimization": False}
     assert given == [as_it_is, {"cpp.threads": 1, **as_it_is}]
     known = torch._inductor.config.get_config_copy()
@@ -311,6 +311,17 @@ def test_a_program_is_the_function_of_its_library(tmp_path: Path, monkeypatch: p
         assert (x._version > versions[0], y._version > versions[1]) == (True, False)
 
 
+def test_a_program_tried_in_inference_mode_counts_what_it_writes() -> None:
+    """Breaks: a program first used for predictions would write, in a training, what autograd does not hear of."""
+    module, trial = _written()
+    with torch.inference_mode():
+        run = inductor.begin_graph(module, trial())(trial)
+        x, y = trial()
+        run(x, y)
+        assert torch.equal(x, torch.full((3,), 11.0))
+    assert isinstance(run, entry.Entry) and run.changed == [0]
+
+
 def test_a_program_in_another_process_needs_no_inductor(tmp_path: Path) -> None:
     """Breaks: the first captured step of each process takes two seconds more."""
     code = """
@@ -365,7 +376,7 @@ def test_a_compiled_graph_is_kept_on_disk(tmp_path: Path, monkeypatch: pytest.Mo
     x = graph.placeholder("x")
     graph.output((graph.call_function(torch.ops.aten.sin.default, (x,)),))
     counters.clear()
-    (found,) = inductor.compile_graph(fx.GraphModule({}, graph), [torch.ones(2, 3)], None)
+    (found,) = inductor.compile_untried(fx.GraphModule({}, graph), [torch.ones(2, 3)])
     assert found == ("", torch.Size([2, 3]))
 
 

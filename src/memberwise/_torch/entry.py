@@ -7,17 +7,16 @@ needs none of it. Missing is a public way to call that function, and to load it 
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.autograd.graph import increment_version
+
+from memberwise._torch.folder import get, put
 
 _give = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors
 _take = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs
@@ -53,20 +52,9 @@ class Entry:
     @classmethod
     def kept(cls, path: Path) -> Entry | None:
         """The program noted there, if its library is still there."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):
-            known = json.loads(path.read_text())
-            return cls(_function(known["module"], known["library"]), [int(k) for k in known["changed"]])
-        return None
-
-
-def put(path: Path, known: Any) -> None:
-    """Keep it as JSON; another process sees the whole file, or none. A file that cannot be written is none."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "w") as file:
-            json.dump(known, file)
-        Path(name).replace(path)
+        return get(
+            path, lambda known: cls(_function(known["module"], known["library"]), [int(k) for k in known["changed"]])
+        )
 
 
 def _function(module: str, library: str) -> Callable[[Any], Any]:

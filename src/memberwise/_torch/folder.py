@@ -5,18 +5,23 @@ Missing is a public way to ask for that folder; the private one takes a second, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import getpass
 import hashlib
+import json
 import os
 import platform
 import re
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Made = TypeVar("Made")
 
 
 def kept_at(what: Any) -> Path:
@@ -30,6 +35,23 @@ def cache_folder() -> Path:
     if named:
         return Path(named)
     return Path(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser()))
+
+
+def put(path: Path, known: Any) -> None:
+    """Keep it as JSON; another process sees the whole file, or none. A file that cannot be written is none."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w") as file:
+            json.dump(known, file)
+        Path(name).replace(path)
+
+
+def get(path: Path, made_of: Callable[[Any], Made]) -> Made | None:
+    """What `made_of` makes of what was put there; None if that is nothing of which it can be made."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):
+        return made_of(json.loads(path.read_text()))
+    return None
 
 
 @functools.cache

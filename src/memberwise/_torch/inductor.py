@@ -10,7 +10,6 @@ import contextlib
 import copy
 import ctypes
 import functools
-import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +19,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from memberwise._torch.entry import Entry, put
-from memberwise._torch.folder import kept_at
+from memberwise._torch.entry import Entry
+from memberwise._torch.folder import get, kept_at, put
+from memberwise._torch.identity import memory_key
+from memberwise._torch.versions import version
 
 _WRAPPERS: tuple[dict[str, Any], ...] = ({"cpp_wrapper": True}, {})
 """Options to try, in turn. With a wrapper in C++, what calls the kernels is compiled as well: an MLP's step with
@@ -38,26 +39,20 @@ Trial = Callable[[], Sequence[torch.Tensor]]
 Compiled = Callable[..., Sequence[torch.Tensor]]
 
 
-def compile_graph(
-    module: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Trial | None, threads: int = 0
-) -> Compiled:
-    """A compiled `module`: same inputs, same outputs, same writes to the inputs.
-
-    Nothing runs on `inputs`; it has run once, on what `trial()` gives, when it is returned. Without `trial`, it has
-    not, and only the wrapper that has all operations is used. Its loops are for as many `threads` (0: as torch uses).
-    """
+def compile_untried(module: fx.GraphModule, inputs: Sequence[torch.Tensor], threads: int = 0) -> Compiled:
+    """A compiled `module` that has not run: only the wrapper that has all operations is used; else as `begin_graph`."""
     with torch.no_grad():
-        if trial is None:
-            return _compile(module, inputs, _WRAPPERS[-1], threads)
-        return begin_graph(module, inputs, threads)(trial)
+        return _compile(module, inputs, _WRAPPERS[-1], threads)
 
 
 def begin_graph(
     module: fx.GraphModule, inputs: Sequence[torch.Tensor], threads: int = 0
 ) -> Callable[[Trial], Compiled]:
-    """Begin to compile `module`; what is returned ends it, and takes the trial that `compile_graph` takes.
+    """Begin to compile `module`: same inputs, same outputs, same writes to the inputs. What is returned ends it.
 
-    In between, the C++ compiler works in another process, while the next graph is begun.
+    In between, the C++ compiler works in another process, while the next graph is begun. Nothing runs on `inputs`; the
+    compiled graph has run, on what the trial gives, when it is returned. Its loops are for as many `threads` (0: as
+    torch uses).
     """
     begun: Compiled | None = None
     libraries: list[_Later] = []
@@ -65,7 +60,7 @@ def begin_graph(
         begun = _compile(module, inputs, _WRAPPERS[0], threads)
 
     def end(trial: Trial) -> Compiled:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # in inference mode copies would count no versions
             if begun is not None:
                 with contextlib.suppress(Exception):  # what the last wrapper raises is the reason given
                     return _direct(begun, libraries, trial)
@@ -79,15 +74,14 @@ def begin_graph(
 def _direct(begun: Compiled, libraries: list[_Later], trial: Trial) -> Compiled:
     """The function of the library that a compiled graph calls, if that does the same; else the compiled graph."""
     given = trial()
-    versions = [value._version for value in given]
+    versions = list(map(version, given))
     expected = begun(*given)
-    changed = [k for k, (value, before) in enumerate(zip(given, versions, strict=True)) if value._version != before]
+    changed = [k for k, (value, before) in enumerate(zip(given, versions, strict=True)) if version(value) != before]
     if len(libraries) != 1 or libraries[0].takes != len(given) or libraries[0].entry is None:
         return begun  # it is given constants as well, or is several graphs
     own, entry = trial(), Entry(libraries[0].entry, changed)
     found = entry(*own)
-    places = {value.untyped_storage().data_ptr() for value in given}
-    apart = all(value.untyped_storage().data_ptr() not in places for value in expected if value.numel())
+    apart = set(map(memory_key, given)).isdisjoint(map(memory_key, expected))
     same = len(found) == len(expected) and all(
         ours.stride() == theirs.stride() and torch.allclose(ours, theirs, equal_nan=True)
         for ours, theirs in zip((*found, *own), (*expected, *given), strict=True)
@@ -186,11 +180,12 @@ def without_onednn() -> Iterator[None]:
 def built(source: str) -> Any:
     """A library of C++ functions, to be called by `ctypes`; built once on a machine. It shares Inductor's OpenMP."""
     path = kept_at(source).with_suffix(".json")
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return ctypes.CDLL(json.loads(path.read_text())["library"])
+    library: Any = get(path, lambda known: ctypes.CDLL(known["library"]))
+    if library is not None:
+        return library
     from torch._inductor.codecache import CppCodeCache
 
-    library: Any = CppCodeCache.load(source, "cpu")
+    library = CppCodeCache.load(source, "cpu")
     put(path, {"library": library._name})
     return library
 

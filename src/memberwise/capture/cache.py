@@ -13,7 +13,7 @@ from torch import fx
 
 from memberwise._torch.entry import Entry
 from memberwise._torch.folder import kept_at
-from memberwise._torch.inductor import Trial, begin_graph, compile_graph
+from memberwise._torch.inductor import Trial, begin_graph, compile_untried
 from memberwise.capture.outline import by_regions
 from memberwise.capture.regions import Uncut
 from memberwise.capture.unfused import unfused
@@ -48,7 +48,7 @@ def _compiled(
 ) -> Callable[..., Any]:
     """By regions, if it repeats itself; else whole."""
     if trial is None:
-        return compile_graph(graph, inputs, None, threads)
+        return compile_untried(graph, inputs, threads)
     begin = functools.partial(_begun, threads=threads)
     with contextlib.suppress(Uncut), torch.no_grad():
         return by_regions(graph, trial, begin)[0]

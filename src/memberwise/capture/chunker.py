@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from memberwise.capture.chunks import Chunks, Result, Run, Source
 from memberwise.capture.excerpt import Excerpt, Stacked
 from memberwise.capture.into import writing_into
 from memberwise.capture.program import Program, copied
-from memberwise.capture.widened import wide, widened
+from memberwise.capture.widened import wide, wide_type, widened
 from memberwise.testing.tolerance import tolerance
 
 NOISE = 10
@@ -48,6 +49,11 @@ class Part(NamedTuple):
     results: list[Result]
     trial: Callable[[], list[torch.Tensor]]
 
+    def widened(self) -> Part:
+        """To be run in float64, not to be compiled."""
+        results = [Result(like._replace(dtype=wide_type(like.dtype)), dim) for like, dim in self.results]
+        return self._replace(graph=widened(self.graph), results=results)
+
 
 class Prepared(NamedTuple):
     """Chunks of `size` members, recorded and tried: the program for so many, and that for those left over."""
@@ -59,14 +65,9 @@ class Prepared(NamedTuple):
         """Chunks that run operation by operation."""
         return self.of([part.graph.forward for part in self.parts], lanes)
 
-    def widened(self) -> Chunks:
+    def widened(self) -> Prepared:
         """The same in float64."""
-        results = [
-            Result(like._replace(dtype=torch.float64) if like.dtype is torch.float32 else like, dim)
-            for like, dim in self.parts[0].results
-        ]
-        run, rest = (*(widened(part.graph).forward for part in self.parts), None)[:2]
-        return Chunks(run, rest, self.size, self.parts[0].sources, results)
+        return Prepared(self.size, [part.widened() for part in self.parts])
 
     def of(self, runs: Sequence[Run], lanes: int) -> Chunks:
         """Chunks that run as these do, so many at a time."""
@@ -74,6 +75,7 @@ class Prepared(NamedTuple):
         return Chunks(run, rest, self.size, self.parts[0].sources, self.parts[0].results, lanes)
 
 
+@dataclass(eq=False)
 class Chunker:
     """Makes chunks of one recording.
 
@@ -85,19 +87,11 @@ class Chunker:
         marked: arguments given with `each()`.
     """
 
-    def __init__(
-        self,
-        whole: Program,
-        values: Sequence[torch.Tensor],
-        record: Callable[[], Program],
-        compiled: Callable[..., Run],
-        marked: Sequence[Stacked],
-    ) -> None:
-        self.whole = whole
-        self.values = values
-        self.record = record
-        self.compiled = compiled
-        self.marked = marked
+    whole: Program
+    values: Sequence[torch.Tensor]
+    record: Callable[[], Program]
+    compiled: Callable[..., Run]
+    marked: Sequence[Stacked]
 
     def chunks(self, size: int, lanes: int = 1) -> Chunks:
         """Chunks of `size` members, so many at a time. Raises `Unfit`."""
@@ -226,7 +220,7 @@ class Chunker:
             def copies() -> list[torch.Tensor]:
                 return list(map(wide, self._copies()))
 
-            if self._is_same(widened(whole).forward, prepared.widened(), copies):
+            if self._is_same(widened(whole).forward, prepared.widened().uncompiled(), copies):
                 return
         raise Unfit("its results differ, so members depend on each other")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ class Result(NamedTuple):
     dim: int
 
 
+@dataclass(eq=False)
 class Chunks:
     """A program for few members that serves for all, chunk after chunk; called like the program for all.
 
@@ -39,21 +41,12 @@ class Chunks:
         lanes: how many chunks run at a time. What is no full round of them runs chunk after chunk, on all cores.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        rest: Run | None,
-        size: int,
-        sources: Sequence[Source],
-        results: Sequence[Result],
-        lanes: int = 1,
-    ) -> None:
-        self.run = run
-        self.rest = rest
-        self.size = size
-        self.sources = sources
-        self.results = results
-        self.lanes = lanes
+    run: Run
+    rest: Run | None
+    size: int
+    sources: Sequence[Source]
+    results: Sequence[Result]
+    lanes: int = 1
 
     def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         """What the program for all returns; state is written in place."""

@@ -1,7 +1,7 @@
 """How members run: all at once, or in chunks of a few, one chunk after the other or one on each core.
 
-Whichever is fastest on the user's own step.
-Measured at a step's first use, on copies of its state, and remembered on disk (`memberwise.capture.remembered`).
+Whichever is fastest on the user's own step, measured at its first use, on copies of its state, and remembered on disk
+(`memberwise.capture.remembered`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import math
 import operator
 import time
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -70,14 +71,15 @@ def sizes(members: int, seconds: float, lanes: int = 1) -> list[int]:
     return found
 
 
+@dataclass(eq=False)
 class Planner(Chunker):
     """Chooses how one recording runs, and compiles it so.
 
-    Attributes:
+    Args:
         steps: how many steps a call has: each candidate is timed on so many.
     """
 
-    steps = 1
+    steps: int = 1
 
     def plan(self, remembered: Remembered) -> tuple[Run, str]:
         """All members at once, or so many at a time; and why."""

@@ -7,14 +7,11 @@ cannot be read or written is none.
 
 from __future__ import annotations
 
-import contextlib
-import json
 from typing import Any, NamedTuple
 
 import torch
 
-from memberwise._torch.entry import put
-from memberwise._torch.folder import kept_at
+from memberwise._torch.folder import get, kept_at, put
 
 
 class Plan(NamedTuple):
@@ -37,10 +34,7 @@ class Remembered:
 
     def get(self) -> Plan | None:
         """What was put here, by this process or another."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            known = json.loads(self._path.read_text())
-            return Plan(int(known["size"]), int(known["lanes"]), str(known["text"]))
-        return None
+        return get(self._path, lambda known: Plan(int(known["size"]), int(known["lanes"]), str(known["text"])))
 
     def put(self, plan: Plan) -> None:
         """Keep it; another process sees the whole file, or none."""

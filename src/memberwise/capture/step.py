@@ -112,7 +112,7 @@ class CapturedStep(Unfollowed):
         try:
             program.run = self._planned(program, values, args, kwargs)
         except Exception as error:  # whatever the compiler cannot do, the step can
-            missing = compiler_missing()
+            missing = compiler_missing() if self._compiled.backend == "inductor" else ""
             if missing:
                 self._eager = True
                 what = f"the step runs eagerly, as no C++ compiler was found to compile it with: {missing}"
@@ -128,10 +128,10 @@ class CapturedStep(Unfollowed):
         """Choose how many members run at once, and compile it so."""
         arguments = Arguments(args, kwargs)
         marked = [Stacked(*entry) for entry in arguments.marked]
-        planner = Planner(program, values, lambda: self._recorded(args, kwargs), self._compiled.get, marked)
-        planner.steps = self.steps_per_call
+        compiled, steps = self._compiled.get, self.steps_per_call
+        planner = Planner(program, values, lambda: self._recorded(args, kwargs), compiled, marked, steps)
         if self.chunk == "auto" and self._compiled.backend == "inductor":
-            kind = structure(program.graph, values[: program.count]), self.steps_per_call
+            kind = structure(program.graph, values[: program.count]), steps
             run, text = planner.plan(Remembered(kind))
             self.plans.append(text)
             return run

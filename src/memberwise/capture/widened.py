@@ -25,16 +25,17 @@ def widened(module: fx.GraphModule) -> fx.GraphModule:
     graph, new = fx.Graph(), {}
     for node in module.graph.nodes:
         copy: Any = graph.node_copy(node, new.__getitem__)
-        copy.args, copy.kwargs = map_aggregate(copy.args, _wide), map_aggregate(copy.kwargs, _wide)
+        copy.args, copy.kwargs = map_aggregate(copy.args, wide_type), map_aggregate(copy.kwargs, wide_type)
         new[node] = copy
     held = {name: wide(value) for name, value in module.named_buffers()}
     return fx.GraphModule(held, graph)
 
 
-def _wide(argument: Any) -> Any:
+def wide_type(argument: Any) -> Any:
+    """float64 for float32; anything else as it is."""
     return torch.float64 if argument is torch.float32 else argument
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
     """In float64 if it is in float32; in the same memory order."""
-    return tensor.double() if tensor.dtype is torch.float32 else tensor
+    return tensor.to(wide_type(tensor.dtype))

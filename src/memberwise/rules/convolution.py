@@ -6,12 +6,10 @@ Results lie `(B, M, C, *)` in memory, which the next convolution, batch norm or 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from memberwise._torch.tracing import tracing
 from memberwise.engine.signals import Decline
 from memberwise.rules.axis import expanded
 from memberwise.rules.folding import (
@@ -85,27 +83,13 @@ def _is_grouped(x: torch.Tensor, weight: torch.Tensor, stride: Any, transposed: 
 
 
 def _by_member(x: torch.Tensor, weight: torch.Tensor, bias: Any, b_dim: Any, where: Any, groups: int) -> torch.Tensor:
-    def found() -> Iterator[torch.Tensor]:
-        for i, (own, filters) in enumerate(zip(x.unbind(0), weight.unbind(0), strict=True)):
-            yield torch.convolution(own, filters, bias[i] if b_dim == 0 else bias, *where, groups)
-
-    return _side_by_side(found(), x.shape[0])
-
-
-def _side_by_side(found: Iterator[torch.Tensor], size: int) -> torch.Tensor:
-    """`(M, B, C, *)`, in memory `(B, M * C, *)`, of what is found member by member, and dropped one by one.
-
-    A recording has it as one operation: what is written to a part of a tensor is compiled as a choice, element by
-    element, among all parts.
-    """
-    if tracing():
-        return out_of_channels(torch.cat(list(found), 1), size)
     out: Any = None
-    for i, one in enumerate(found):
+    for i, (own, filters) in enumerate(zip(x.unbind(0), weight.unbind(0), strict=True)):
+        found = torch.convolution(own, filters, bias[i] if b_dim == 0 else bias, *where, groups)
         if out is None:
-            batch, channels, *space = one.shape
-            out = out_of_channels(one.new_empty((batch, size * channels, *space)), size)
-        out[i].copy_(one)
+            batch, channels, *space = found.shape
+            out = out_of_channels(found.new_empty((batch, x.shape[0] * channels, *space)), x.shape[0])
+        out[i].copy_(found)
     return out
 
 
@@ -162,19 +146,12 @@ def _grads_apart(grad: Any, x: Any, weight: Any, where: Any, wanted: Any) -> Any
 
 
 def _grads_by_member(grad: Any, x: Any, weight: Any, where: Any, wanted: Any) -> Any:
-    def found() -> Iterator[tuple[Any, Any]]:
-        for own in zip(grad.unbind(0), x.unbind(0), weight.unbind(0), strict=True):
-            yield _grads(*own, where, where[5], wanted)
-
-    if tracing():
-        of_x, of_weight = zip(*found(), strict=True)
-        grad_x = out_of_channels(torch.cat(of_x, 1), x.shape[0]) if wanted[0] else None
-        return grad_x, torch.stack(of_weight) if wanted[1] else None
     size, batch, channels, *space = x.shape
     grad_x = out_of_channels(x.new_empty((batch, size * channels, *space)), size) if wanted[0] else None
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else None
-    for i, one in enumerate(found()):
-        for whole, part in zip((grad_x, grad_weight), one, strict=True):
+    for i, own in enumerate(zip(grad.unbind(0), x.unbind(0), weight.unbind(0), strict=True)):
+        found = _grads(*own, where, where[5], wanted)
+        for whole, part in zip((grad_x, grad_weight), found, strict=True):
             if whole is not None:
                 whole[i].copy_(part)
     return grad_x, grad_weight
