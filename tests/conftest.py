@@ -17,8 +17,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import elsewhere
+from tests import elsewhere, plans
 
+PLAN = os.environ.get("MEMBERWISE_PLAN", "")
 DEVICE = os.environ.get("MEMBERWISE_DEVICE", "cpu")
 SEED = int(os.environ.get("MEMBERWISE_SEED", "0"))
 
@@ -39,6 +40,8 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
     if DEVICE != "cpu":
         elsewhere.use(DEVICE)
+    if PLAN:
+        plans.force(PLAN)
 
 
 @pytest.fixture(autouse=True)

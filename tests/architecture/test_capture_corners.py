@@ -39,6 +39,23 @@ def test_views_share_a_memory_key_and_copies_do_not() -> None:
     assert identity.memory_key(x) != identity.memory_key(x.clone())
 
 
+def test_tensors_on_one_storage_are_counted() -> None:
+    """Breaks: a result that somebody holds would be overwritten by the next replay of a CUDA graph."""
+    x, leaf = torch.ones(4), torch.nn.Parameter(torch.zeros(4))
+    alone = identity.holders(x)
+    view = x[:2]
+    assert identity.holders(x) == alone + 1
+    leaf.grad = x.detach()
+    array = view.numpy()
+    assert identity.holders(x) >= alone + 2
+    del view
+    assert identity.holders(x) >= alone + 2, "an array is a holder, too"
+    del array
+    assert identity.holders(x) == alone + 1
+    leaf.grad = None
+    assert identity.holders(x) == alone
+
+
 def test_a_tensor_is_plain_unless_its_class_handles_operations() -> None:
     """Breaks: the recorder would record member tensors, or nothing."""
 

@@ -56,8 +56,9 @@ def begin_graph(
     """
     begun: Compiled | None = None
     libraries: list[_Later] = []
+    first = _WRAPPERS[0 if _on_cpu(inputs) else -1]  # a GPU's graph of launches needs no wrapper
     with contextlib.suppress(Exception), torch.no_grad(), _built_aside(libraries):
-        begun = _compile(module, inputs, _WRAPPERS[0], threads)
+        begun = _compile(module, inputs, first, threads)
 
     def end(trial: Trial) -> Compiled:
         with torch.inference_mode(False), torch.no_grad():  # in inference mode copies would count no versions
@@ -89,13 +90,17 @@ def _direct(begun: Compiled, libraries: list[_Later], trial: Trial) -> Compiled:
     return entry if apart and same else begun
 
 
+def _on_cpu(inputs: Sequence[torch.Tensor]) -> bool:
+    return all(value.device.type == "cpu" for value in inputs)
+
+
 def _compile(module: fx.GraphModule, inputs: Sequence[torch.Tensor], options: dict[str, Any], threads: int) -> Compiled:
     from torch import _inductor
 
     know_vectors()
     if threads:
         options = {**options, "cpp.threads": threads}
-    if all(value.device.type == "cpu" for value in inputs):
+    if _on_cpu(inputs):
         options = {**options, **_AS_IT_IS}
     compiled: Any = _inductor.compile(copy.deepcopy(module), _without_values(inputs), options=options)
     return compiled  # type: ignore[no-any-return] # it may change what it gets, hence the copy

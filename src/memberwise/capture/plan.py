@@ -18,6 +18,7 @@ import torch
 from memberwise.capture import progress
 from memberwise.capture.chunker import Chunker, Prepared, Unfit
 from memberwise.capture.chunks import Run, several
+from memberwise.capture.graphed import graphed
 from memberwise.capture.outline import LONG
 from memberwise.capture.remembered import Plan, Remembered
 
@@ -165,22 +166,34 @@ class Planner(Chunker):
         return found, "; ".join(f"{candidate} {100 * part:.0f}% of its time" for part, candidate, _ in found)
 
     def _candidates(self, members: int, seconds: float) -> list[Candidate]:
-        cores = torch.get_num_threads() if all(value.device.type == "cpu" for value in self.values) else 1
+        cores = 1 if self._on_gpu else torch.get_num_threads()
         found = [Candidate(size) for size in sizes(members, seconds)]
         if cores > 1:
             found += [Candidate(size, cores) for size in sizes(members, seconds * cores, cores)]
         return found
 
+    @property
+    def _on_gpu(self) -> bool:
+        return any(value.device.type == "cuda" for value in self.values)
+
     def _seconds(self, *runs: Run) -> list[float]:
         """The least time of each run, on copies, taken in turns: a busy machine slows all of them."""
         inputs = [self._copies() for _ in runs]
+        runs = tuple(graphed(run, own) for run, own in zip(runs, inputs, strict=True))
+        finish = torch.cuda.synchronize if self._on_gpu else _nothing
         best, end = [float("inf")] * len(runs), time.perf_counter() + TRIAL * len(runs)
         with torch.no_grad():
             for run, own in zip(runs, inputs, strict=True):
-                several(run, [own])
+                for _ in range(2 if self._on_gpu else 1):  # the second makes a CUDA graph
+                    several(run, [own])
             while time.perf_counter() < end or best[-1] == float("inf"):
                 for k, (run, own) in enumerate(zip(runs, inputs, strict=True)):
                     start = time.perf_counter()
                     several(run, [own] * self.steps)
+                    finish()
                     best[k] = min(best[k], time.perf_counter() - start)
         return best
+
+
+def _nothing() -> None:
+    """A CPU has finished when a call returns."""

@@ -62,9 +62,10 @@ class Setting(NamedTuple):
 
     grad_enabled: bool
     dtype: torch.dtype
-    autocast: torch.dtype
+    autocast: tuple[torch.dtype, torch.dtype]
     deterministic: bool
     threads: int
+    precision: tuple[str, str] | None
 
     @classmethod
     def now(cls) -> Setting:
@@ -72,10 +73,16 @@ class Setting(NamedTuple):
         return cls(
             torch.is_grad_enabled(),
             torch.get_default_dtype(),
-            torch.get_autocast_dtype("cpu"),
+            (torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")),
             torch.are_deterministic_algorithms_enabled(),
             torch.get_num_threads(),
+            _precision() if torch.cuda.is_initialized() else None,
         )
+
+
+def _precision() -> tuple[str, str]:
+    """How a GPU may round the factors of products and convolutions; kernels are chosen by it."""
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined] # not in the stubs
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -247,6 +254,7 @@ class Program:
             optimizer.sync_hyperparameters()
         for index, draw in self.draws:
             values[index] = draw.take(values)
+        self._let_go(values)
         with torch.no_grad():
             outputs = self.run(*values[: self.count])  # type: ignore[misc] # compiled by the caller
         self._leave(values, outputs)
@@ -260,6 +268,7 @@ class Program:
             for index, draw in self.draws:
                 drawn = draw.take(values)
                 values[index] = copied(drawn) if drawn is draw.example else drawn  # which the next would overwrite
+        self._let_go(steps[0])
         with torch.no_grad():
             found = several(self.run, [values[: self.count] for values in steps])
         self._leave(steps[-1], found[-1])
@@ -271,6 +280,11 @@ class Program:
         for index, position in self.given:
             values[index] = tensors[position]
         return values
+
+    def _let_go(self, values: list[torch.Tensor]) -> None:
+        """Empty the gradients that will be filled: their memory may serve what comes. (An input is in `values`, too.)"""
+        for leaf, _ in self.grads_out:
+            values[leaf].grad = None
 
     def _leave(self, values: list[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         for place, output in self.stores:

@@ -16,6 +16,7 @@ from memberwise.capture.chunker import Unfit
 from memberwise.capture.chunks import Run, several
 from memberwise.capture.draws import host_states
 from memberwise.capture.excerpt import Stacked
+from memberwise.capture.graphed import graphed
 from memberwise.capture.plan import Planner
 from memberwise.capture.program import Program
 from memberwise.capture.progress import compiling
@@ -110,7 +111,8 @@ class CapturedStep(Unfollowed):
     def _compile(self, program: Program, values: list[torch.Tensor], args: Any, kwargs: Any) -> None:
         """Compile a recording, at its first use, and plan how its members run; or give it up."""
         try:
-            program.run = self._planned(program, values, args, kwargs)
+            run = self._planned(program, values, args, kwargs)
+            program.run = graphed(run, values[: program.count])
         except Exception as error:  # whatever the compiler cannot do, the step can
             missing = compiler_missing() if self._compiled.backend == "inductor" else ""
             if missing:
