@@ -34,6 +34,7 @@ class Request:
     With `costs` a row holds memory, kernels and the floor too, and a rival that is wrong is a line of it, without a
     figure; `exact_members` is how many members are enough in float64, `memory_gib` how much the rivals that run side
     by side may hold: ours run beside each group of the others. After `row_s` seconds no other rival is started.
+    Compiled code is made anew, or kept in the folder `cache`: starts are then those of a machine that has seen the row.
     """
 
     case: str
@@ -49,6 +50,7 @@ class Request:
     exact_members: int | None = None
     memory_gib: float | None = None
     row_s: float | None = None
+    cache: str | None = None
 
     @property
     def name(self) -> str:

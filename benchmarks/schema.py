@@ -109,7 +109,7 @@ DOCUMENTS = {
     "workloads": {
         **HEAD,
         "versions": {**VERSIONS, "jax": str, "tensordict": str},
-        "settings": {**SETTINGS, "exact_members": int, "memory_gib": NUMBER, "row_s": NUMBER},
+        "settings": {**SETTINGS, "exact_members": int, "memory_gib": NUMBER, "row_s": NUMBER, "cold": bool},
         "rows": [WORKLOAD],
         "break_even": [BREAK_EVEN],
     },

@@ -22,7 +22,7 @@ def measure(request: row.Request) -> dict[str, Any]:
         command = (sys.executable, "-W", "ignore", "-m", "benchmarks.worker", json.dumps(asdict(request)), str(answer))
         environment = {**os.environ, **limited_to(request.threads)}
         if request.costs:
-            environment |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_CPP_ENABLE_KERNEL_PROFILE": "1"}
+            environment |= {"TORCHINDUCTOR_CACHE_DIR": request.cache or folder, "TORCHINDUCTOR_CPP_ENABLE_KERNEL_PROFILE": "1"}
             environment |= {"KINETO_LOG_LEVEL": "99"}  # the profiler says when it starts
         where = f"{request.name}, {request.threads} threads"
         try:
@@ -39,7 +39,7 @@ def measure(request: row.Request) -> dict[str, Any]:
 
 def limited_to(threads: int) -> dict[str, str]:
     """The environment in which each library uses so many: JAX knows only one or all that there are."""
-    found = {"OMP_NUM_THREADS": str(threads)}
+    found = {"OMP_NUM_THREADS": str(threads), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # others use the GPU, too
     if threads == 1:
         found["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     return found

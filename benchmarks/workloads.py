@@ -35,6 +35,7 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=row.Request.check_steps, help="steps that are checked, at most")
     parser.add_argument("--memory", type=float, default=6.0, help="GiB that rivals side by side may hold")
     parser.add_argument("--row", type=float, default=2400.0, help="seconds of a row, after which no rival is started")
+    parser.add_argument("--cache", help="a folder that keeps compiled code; without, all starts are cold")
     parser.add_argument("--members", type=int, help="only rows with at most so many members")
     parser.add_argument("--resume", action="store_true", help="keep the rows of the file that are measured already")
     parser.add_argument("--out", type=Path, help="the results file; without ROWs or RIVALs results/workloads.json")
@@ -69,6 +70,7 @@ def requests_of(options: argparse.Namespace) -> list[row.Request]:
             exact_members=EXACT_MEMBERS,
             memory_gib=options.memory,
             row_s=options.row,
+            cache=options.cache,
         )
         for name, (case, members) in rows.items()
         if not options.rows or any(fnmatch.filter(names[name], pattern) for pattern in options.rows)
@@ -88,6 +90,7 @@ def document_of(options: argparse.Namespace, rows: list[dict[str, Any]], before:
         "exact_members": EXACT_MEMBERS,
         "memory_gib": options.memory,
         "row_s": options.row,
+        "cold": options.cache is None,
     }
     more = {"kind": "workloads", "settings": settings, "break_even": schema.break_even(rows)}
     return {**document, **more, "versions": machine.versions(("jax", "tensordict"))}

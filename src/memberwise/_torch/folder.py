@@ -15,7 +15,6 @@ import platform
 import re
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +24,7 @@ Made = TypeVar("Made")
 
 
 def kept_at(what: Any) -> Path:
-    """Where to keep something of `what`, as its `repr` tells it, on a machine of this kind with these versions."""
+    """Where to keep something of `what`, as its `repr` tells it, on a machine of this kind with these versions of the code."""
     return cache_folder() / "memberwise" / hashlib.sha256(repr((what, _machine())).encode()).hexdigest()[:32]
 
 
@@ -58,4 +57,11 @@ def get(path: Path, made_of: Callable[[Any], Made]) -> Made | None:
 def _machine() -> Any:
     cards = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
     processor = platform.machine(), torch.backends.cpu.get_cpu_capability(), os.cpu_count()
-    return *processor, cards, torch.__version__, torch.version.git_version, version("memberwise")
+    return *processor, cards, torch.__version__, torch.version.git_version, _code()
+
+
+def _code() -> str:
+    """What makes programs and plans, as text: another version of it may make others."""
+    here = Path(__file__).parent
+    files = sorted((*here.glob("*.py"), *(here.parent / "capture").glob("*.py")))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
