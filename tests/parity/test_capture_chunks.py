@@ -14,7 +14,7 @@ from torch import nn
 import memberwise
 from memberwise import optim
 from memberwise.capture import CapturedStep, chunker, chunks, compile, plan
-from memberwise.capture.remembered import Plan, Remembered
+from memberwise.capture.remembered import Candidate, Plan, Remembered
 from memberwise.construction import build, stack
 from memberwise.trees import each
 from tests.parity.test_capture import INPUTS, training
@@ -317,8 +317,8 @@ def test_a_plan_is_remembered(faster: bool, folder: Path, monkeypatch: pytest.Mo
 def test_a_plan_that_cannot_be_read_is_none(text: str, folder: Path) -> None:
     kept = Remembered("a step")
     assert kept.get() is None
-    kept.put(Plan(3, 2, "why"))
-    assert Remembered("a step").get() == Plan(3, 2, "why")
+    kept.put(Plan(Candidate(3, 2, "lstm by calls"), "why"))
+    assert Remembered("a step").get() == Plan(Candidate(3, 2, "lstm by calls"), "why")
     assert Remembered("another").get() is None
     (path,) = folder.iterdir()
     path.write_text(text)
@@ -328,7 +328,7 @@ def test_a_plan_that_cannot_be_read_is_none(text: str, folder: Path) -> None:
 def test_a_plan_that_cannot_be_kept_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "memberwise").write_text("a file where the folder would be")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    Remembered("a step").put(Plan(3, 1, "why"))
+    Remembered("a step").put(Plan(Candidate(3), "why"))
     assert Remembered("a step").get() is None
 
 
@@ -383,14 +383,37 @@ def test_gradients_that_are_rounding_alone_do_not_forbid_chunks(dtype: torch.dty
     assert captured.captured.plans == ["1 at a time, as told"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_graph_that_the_user_keeps_does_not_hinder_chunks(dtype: torch.dtype) -> None:
+    """It holds the node that each leaf's gradient comes from, made for all members."""
+    weight = torch.randn(4, 3).to(dtype).requires_grad_()
+    kept = (weight * 2).sum()
+    opt = optim.SGD([weight], lr=0.1)
+
+    def step() -> torch.Tensor:
+        opt.zero_grad()
+        losses = (weight * weight).sum(1)
+        losses.sum().backward()
+        opt.step()
+        return losses.detach()
+
+    captured = compile(step, chunk=2, backend="fx")
+    for _ in range(3):
+        captured()
+    assert captured.captured.plans == ["2 at a time, as told"]
+    before = weight.grad.clone()
+    kept.backward()
+    assert torch.equal(weight.grad, before + 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_differs_in_float32_is_compared_in_float64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a kink a last bit is a percent of a gradient. What still differs in float64 is refused, as before."""
     is_same, asked = chunker.Chunker._is_same, []
 
-    def coarse(self: Any, whole: Any, runs: Any, copies: Any) -> bool:
-        asked.append({value.dtype for value in copies() if value.is_floating_point()})
-        return len(asked) > 1 and is_same(self, whole, runs, copies)
+    def coarse(self: Any, expected: Any, runs: Any) -> bool:
+        asked.append({value.dtype for value in expected.copies() if value.is_floating_point()})
+        return len(asked) > 1 and is_same(self, expected, runs)
 
     def make(kind: str) -> SimpleNamespace:
         net = build(lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), seeds=range(4), dtype=dtype)

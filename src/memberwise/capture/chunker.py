@@ -9,6 +9,7 @@ along which axis shows in the shapes of the two.
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from memberwise.capture.excerpt import Excerpt, Stacked
 from memberwise.capture.into import writing_into
 from memberwise.capture.program import Program, copied
 from memberwise.capture.widened import wide, wide_type, widened
+from memberwise.engine.choices import taking
 from memberwise.testing.tolerance import tolerance
 
 NOISE = 10
@@ -53,6 +55,21 @@ class Part(NamedTuple):
         """To be run in float64, not to be compiled."""
         results = [Result(like._replace(dtype=wide_type(like.dtype)), dim) for like, dim in self.results]
         return self._replace(graph=widened(self.graph), results=results)
+
+
+class Expected(NamedTuple):
+    """What the program for all returns and writes; and what it does after a nudge of its inputs."""
+
+    copies: Callable[[], list[torch.Tensor]]
+    values: list[torch.Tensor]
+    nudged: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, whole: Run, copies: Callable[[], list[torch.Tensor]]) -> Expected:
+        """Run on such copies."""
+        values, nudged = copies(), [_nudged(value) for value in copies()]
+        with torch.no_grad():
+            return cls(copies, [*whole(*values), *values], [*whole(*nudged), *nudged])
 
 
 class Prepared(NamedTuple):
@@ -93,9 +110,9 @@ class Chunker:
     compiled: Callable[..., Run]
     marked: Sequence[Stacked]
 
-    def chunks(self, size: int, lanes: int = 1) -> Chunks:
+    def chunks(self, size: int, lanes: int = 1, way: str = "") -> Chunks:
         """Chunks of `size` members, so many at a time. Raises `Unfit`."""
-        return self.of(self.prepared(size), lanes)
+        return self.of(self.prepared(size, way), lanes)
 
     def of(self, prepared: Prepared, lanes: int) -> Chunks:
         """The same, compiled: for one thread what runs in lanes; those left over have all cores. Raises `Unfit`."""
@@ -107,8 +124,8 @@ class Chunker:
                 raise Unfit(f"it cannot be compiled for {prepared.size}: {error}") from error
         return prepared.of(runs, lanes)
 
-    def prepared(self, size: int) -> Prepared:
-        """Chunks of `size` members, to be compiled. Raises `Unfit`."""
+    def prepared(self, size: int, way: str = "") -> Prepared:
+        """Chunks of `size` members, to be compiled; an operation runs in another `way` than usual. Raises `Unfit`."""
         members = self.whole.members
         if not members:
             raise Unfit("no stack and no optimizer of Memberwise is within its reach")
@@ -121,7 +138,8 @@ class Chunker:
         reasons = []
         for stacked in self._guesses():
             try:
-                parts = [self._recorded(stacked, few, members) for few in (size, members % size) if few]
+                with taking(**dict([way.split(" ", 1)] if way else [])):
+                    parts = [self._recorded(stacked, few, members) for few in (size, members % size) if few]
                 prepared = Prepared(size, parts)
                 self._compare(prepared)
                 return prepared
@@ -212,28 +230,31 @@ class Chunker:
 
     def _compare(self, prepared: Prepared) -> None:
         """Raise `Unfit` unless chunks give what the whole gives, within rounding, in float32 or else in float64."""
-        whole = self.whole.graph
-        if self._is_same(whole.forward, prepared.uncompiled(), self._copies):
+        if self._is_same(self._expected, prepared.uncompiled()):
             return
         with contextlib.suppress(Exception):  # an operation may not be there in float64
-
-            def copies() -> list[torch.Tensor]:
-                return list(map(wide, self._copies()))
-
-            if self._is_same(widened(whole).forward, prepared.widened().uncompiled(), copies):
+            if self._is_same(self._expected_wide, prepared.widened().uncompiled()):
                 return
         raise Unfit("its results differ, so members depend on each other")
 
-    def _is_same(self, whole: Run, chunks: Run, copies: Callable[[], list[torch.Tensor]]) -> bool:
+    def _is_same(self, expected: Expected, chunks: Run) -> bool:
         """Whether they differ by no more than the table allows, or than a nudge of all inputs in their last bit does.
 
         (Where a gradient is nothing but rounding, of a bias before BatchNorm, Adam makes whole steps of it.)
         """
-        expected, nudged, found = copies(), [_nudged(value) for value in copies()], copies()
+        values = expected.copies()
         with torch.no_grad():
-            outputs, others, own = whole(*expected), whole(*nudged), chunks(*found)
-        every = zip((*own, *found), (*outputs, *expected), (*others, *nudged), strict=True)
+            found = [*chunks(*values), *values]
+        every = zip(found, expected.values, expected.nudged, strict=True)
         return all(_agree(ours, theirs, other) for ours, theirs, other in every)
+
+    @functools.cached_property
+    def _expected(self) -> Expected:
+        return Expected.of(self.whole.graph.forward, self._copies)
+
+    @functools.cached_property
+    def _expected_wide(self) -> Expected:
+        return Expected.of(widened(self.whole.graph).forward, lambda: list(map(wide, self._copies())))
 
 
 def _nudged(tensor: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ class Excerpt:
         for leaf, _ in self.grads:
             leaf.grad = None
         for entry in self.stacked:
-            entry.tensor.data = self._first(entry.tensor.data, entry.dim)
+            _hold(entry.tensor, self._first(entry.tensor.data, entry.dim))
         for facts in self.stacks:
             slots = facts.slots
             slots.members = self.size
@@ -87,7 +87,7 @@ class Excerpt:
         for leaf, _ in self.grads:
             leaf.grad = None
         for entry, data in zip(self.stacked, self.data, strict=True):
-            entry.tensor.data = data
+            _hold(entry.tensor, data)
         for leaf, grad in self.grads:
             leaf.grad = grad
         for facts in self.stacks:
@@ -96,3 +96,15 @@ class Excerpt:
             place.write(value)
         for generator, state in self.states:
             generator.set_state(state)
+
+
+def _hold(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """Let a tensor hold other data, in any shape.
+
+    A leaf's gradient comes from one node, which knows the leaf's shape and lives as long as any graph: of a loss that
+    the user keeps, say. Torch makes another only for data of another dtype.
+    """
+    if tensor.requires_grad and tensor.is_leaf and data.shape != tensor.shape:
+        other = torch.float16 if tensor.dtype is not torch.float16 else torch.float32
+        tensor.data = data.new_empty(0, dtype=other)
+    tensor.data = data

@@ -11,7 +11,6 @@ import math
 import operator
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -20,7 +19,7 @@ from memberwise.capture.chunker import Chunker, Prepared, Unfit
 from memberwise.capture.chunks import Run, several
 from memberwise.capture.graphed import graphed
 from memberwise.capture.outline import LONG
-from memberwise.capture.remembered import Plan, Remembered
+from memberwise.capture.remembered import Candidate, Plan, Remembered
 
 WORTH = 150e-6
 """Seconds that a chunk takes, at least, to be tried: no compiled program is called for less (a step with AdamW of an
@@ -42,17 +41,6 @@ TRIAL = 0.2
 GAIN = 0.95
 """Of a long recording: the part of the time of all at once that a candidate must take, both run operation by operation,
 to be compiled instead. What chunks gain in caches or by other kernels shows there, too."""
-
-
-class Candidate(NamedTuple):
-    """Members of a chunk (0: all), and how many chunks run at a time."""
-
-    size: int = 0
-    lanes: int = 1
-
-    def __str__(self) -> str:
-        text = "all at once" if not self.size else "one at a time" if self.size == 1 else f"{self.size} at a time"
-        return text if self.lanes == 1 else f"{text} on each of {self.lanes} cores"
 
 
 def sizes(members: int, seconds: float, lanes: int = 1) -> list[int]:
@@ -93,7 +81,7 @@ class Planner(Chunker):
             return self._as_known(known)
         long = len(self.whole.graph.graph.nodes) > LONG
         run, choice, why = self._promised() if long else self._measured()
-        plan = Plan(*choice, f"{choice}: {why}")
+        plan = Plan(choice, f"{choice}: {why}")
         remembered.put(plan)
         return run, plan.text
 
@@ -103,12 +91,12 @@ class Planner(Chunker):
         return self.compiled(self.whole.graph, self.values[: self.whole.count], trial)
 
     def _as_known(self, plan: Plan) -> tuple[Run, str]:
-        if not plan.size:
+        if not plan.choice.size:
             return self.at_once(), f"{plan.text}, as measured before"
         try:
-            return self.chunks(plan.size, plan.lanes), f"{plan.text}, as measured before"
+            return self.chunks(*plan.choice), f"{plan.text}, as measured before"
         except Unfit as reason:  # a step of the same operations may be of another kind
-            return self.at_once(), f"all at once: {Candidate(plan.size, plan.lanes)}, {reason}"
+            return self.at_once(), f"all at once: {plan.choice}, {reason}"
 
     def _promised(self) -> tuple[Run, Candidate, str]:
         """Of a long recording: what is fastest operation by operation is compiled, and nothing else."""
@@ -150,18 +138,21 @@ class Planner(Chunker):
         candidates = self._candidates(members, seconds)
         if not candidates:
             return [], f"{seconds / members * 1e6:.0f} us a member"
-        found, prepared = [], {}
-        try:
-            for size in dict.fromkeys(candidate.size for candidate in candidates):
-                prepared[size] = self.prepared(size)
-        except Unfit as reason:
-            if not prepared:
-                return [], f"{candidates[0]}, {reason}"
-        for candidate in candidates:
-            if candidate.size in prepared:
-                chunks = prepared[candidate.size].uncompiled(candidate.lanes)
-                whole, own = self._seconds(self.whole.graph.forward, chunks)
-                found.append((own / whole, candidate, prepared[candidate.size]))
+        prepared, why = {}, ""
+        for size, way in dict.fromkeys((candidate.size, candidate.way) for candidate in candidates):
+            try:
+                prepared[size, way] = self.prepared(size, way)
+            except Unfit as reason:
+                why = why or f"{Candidate(size, way=way)}, {reason}"
+                if not way:
+                    break
+        candidates = [candidate for candidate in candidates if (candidate.size, candidate.way) in prepared]
+        if not candidates:
+            return [], why
+        own = [prepared[candidate.size, candidate.way] for candidate in candidates]
+        chunks = [part.uncompiled(candidate.lanes) for part, candidate in zip(own, candidates, strict=True)]
+        whole, *each = self._seconds(self.whole.graph.forward, *chunks)
+        found = [(taken / whole, *rest) for taken, *rest in zip(each, candidates, own, strict=True)]
         found.sort(key=operator.itemgetter(0))
         return found, "; ".join(f"{candidate} {100 * part:.0f}% of its time" for part, candidate, _ in found)
 
@@ -170,7 +161,8 @@ class Planner(Chunker):
         found = [Candidate(size) for size in sizes(members, seconds)]
         if cores > 1:
             found += [Candidate(size, cores) for size in sizes(members, seconds * cores, cores)]
-        return found
+        ways = [f"{operation} {way}" for operation, others in self.whole.choices.items() for way in others]
+        return found + [candidate._replace(way=way) for way in ways for candidate in found]
 
     @property
     def _on_gpu(self) -> bool:
@@ -178,20 +170,18 @@ class Planner(Chunker):
 
     def _seconds(self, *runs: Run) -> list[float]:
         """The least time of each run, on copies, taken in turns: a busy machine slows all of them."""
-        inputs = [self._copies() for _ in runs]
-        runs = tuple(graphed(run, own) for run, own in zip(runs, inputs, strict=True))
+        inputs = self._copies()
+        runs = tuple(graphed(run, inputs) for run in runs)
         finish = torch.cuda.synchronize if self._on_gpu else _nothing
-        best, end = [float("inf")] * len(runs), time.perf_counter() + TRIAL * len(runs)
+        best, end, rounds = [float("inf")] * len(runs), time.perf_counter() + TRIAL * len(runs), 0
         with torch.no_grad():
-            for run, own in zip(runs, inputs, strict=True):
-                for _ in range(2 if self._on_gpu else 1):  # the second makes a CUDA graph
-                    several(run, [own])
-            while time.perf_counter() < end or best[-1] == float("inf"):
-                for k, (run, own) in enumerate(zip(runs, inputs, strict=True)):
+            while time.perf_counter() < end or rounds < (3 if self._on_gpu else 1):  # the second makes a CUDA graph
+                for k, run in enumerate(runs):
                     start = time.perf_counter()
-                    several(run, [own] * self.steps)
+                    several(run, [inputs] * self.steps)
                     finish()
                     best[k] = min(best[k], time.perf_counter() - start)
+                rounds += 1
         return best
 
 

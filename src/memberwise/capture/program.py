@@ -115,6 +115,7 @@ class Program:
         stacks: the slots of the stacks within reach.
         stacked: the tensors known to have a member axis, at 0.
         generators: the random streams that it may draw from.
+        choices: which operations could have run otherwise, and how.
         run: the compiled graph, as a function of the first `count` values.
         eager: whether it could not be compiled.
     """
@@ -142,6 +143,7 @@ class Program:
     stacks: list[Slots]
     stacked: list[torch.Tensor]
     generators: list[torch.Generator]
+    choices: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     run: Callable[..., Sequence[torch.Tensor]] | None = None
     eager: bool = False
     count: int = 0
@@ -282,7 +284,7 @@ class Program:
         return values
 
     def _let_go(self, values: list[torch.Tensor]) -> None:
-        """Empty the gradients that will be filled: their memory may serve what comes. (An input is in `values`, too.)"""
+        """Empty the gradients that will be filled: their memory may serve what comes. (Inputs are in `values`, too.)"""
         for leaf, _ in self.grads_out:
             values[leaf].grad = None
 

@@ -1,4 +1,4 @@
-"""Plans, remembered on disk: what was measured once for a step on this machine is not measured again.
+"""Plans: how a step may run; remembered on disk: what was measured once on this machine is not measured again.
 
 One small file a step, named by what the plan depends on: the recorded operations and their shapes, versions, the
 processor, the number of threads. They lie beside what the compiler keeps, in `$TORCHINDUCTOR_CACHE_DIR`; a file that
@@ -14,11 +14,23 @@ import torch
 from memberwise._torch.folder import get, kept_at, put
 
 
-class Plan(NamedTuple):
-    """How many members a chunk has (0: all), how many chunks run at a time, and why."""
+class Candidate(NamedTuple):
+    """Members of a chunk (0: all), how many chunks run at a time, and what does not run as usual: "lstm by calls"."""
 
-    size: int
-    lanes: int
+    size: int = 0
+    lanes: int = 1
+    way: str = ""
+
+    def __str__(self) -> str:
+        text = "all at once" if not self.size else "one at a time" if self.size == 1 else f"{self.size} at a time"
+        text = text if self.lanes == 1 else f"{text} on each of {self.lanes} cores"
+        return f"{text}, {self.way}" if self.way else text
+
+
+class Plan(NamedTuple):
+    """How a step runs, and why."""
+
+    choice: Candidate
     text: str
 
 
@@ -34,8 +46,12 @@ class Remembered:
 
     def get(self) -> Plan | None:
         """What was put here, by this process or another."""
-        return get(self._path, lambda known: Plan(int(known["size"]), int(known["lanes"]), str(known["text"])))
+        return get(self._path, _plan)
 
     def put(self, plan: Plan) -> None:
         """Keep it; another process sees the whole file, or none."""
-        put(self._path, plan._asdict())
+        put(self._path, {**plan.choice._asdict(), "text": plan.text})
+
+
+def _plan(known: Any) -> Plan:
+    return Plan(Candidate(int(known["size"]), int(known["lanes"]), str(known["way"])), str(known["text"]))

@@ -24,6 +24,7 @@ from memberwise.capture.reach import Reach, Unfollowed
 from memberwise.capture.record import Recorder
 from memberwise.capture.refusals import Refusal, warn
 from memberwise.capture.remembered import Remembered
+from memberwise.engine.choices import noted
 from memberwise.trees import tree_map
 
 KEPT = 8
@@ -167,11 +168,14 @@ class CapturedStep(Unfollowed):
         reach = before.reach
         recorder = Recorder(reach.generators, (*reach.places, *map(id, before.arguments.tensors)))
         drawn = host_states(reach.streams)
-        out = recorder.watch(lambda: self.step(*args, **kwargs))
+        with noted() as choices:
+            out = recorder.watch(lambda: self.step(*args, **kwargs))
         if host_states(reach.streams) != drawn:
             recorder.refuse(Refusal("random-state", "a random stream of Python or NumPy moved"))
         try:
-            return Assembly(before, recorder).program(out), out
+            program = Assembly(before, recorder).program(out)
+            program.choices = choices
+            return program, out
         except Refused as refused:
             return refused.refusal, out
         except Exception as error:  # the step has run; it must not fail for being watched

@@ -9,12 +9,9 @@ from typing import Any, Protocol
 import torch
 
 from memberwise.rules.cells import Cell
+from memberwise.rules.lstm_kernel import kernel, kernel_backward, lstm_layer, lstm_layer_backward
 from memberwise.rules.matmul import batched, batched_plus
 from memberwise.rules.registry import register_rule
-
-_kernel = torch.ops.aten.mkldnn_rnn_layer.default
-_kernel_backward = torch.ops.aten.mkldnn_rnn_layer_backward.default
-_LSTM = 2
 
 
 @dataclass
@@ -58,6 +55,11 @@ class Strategy(Protocol):
         ...
 
 
+def can_be_apart(x: torch.Tensor) -> bool:
+    """Whether oneDNN has a kernel for it."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
 def is_faster_apart(x: torch.Tensor, batch: int, hidden: int) -> bool:
     """Whether oneDNN's LSTM kernel, a member at a time, beats batched cells for an input `(M, ...)`.
 
@@ -66,8 +68,7 @@ def is_faster_apart(x: torch.Tensor, batch: int, hidden: int) -> bool:
     ms, batched and by member, at (M, B, H): (16, 8, 32) 4.3, 8.1; (4, 32, 32) 4.4, 3.3; (16, 32, 32) 13, 13; (8, 64,
     64) 37, 32; (8, 32, 128) 53, 45. Even is taken batched: recorded steps gain more from it.
     """
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return on_cpu and batch * hidden > 1400 - 3300 / x.shape[0]
+    return can_be_apart(x) and batch * hidden > 1400 - 3300 / x.shape[0]
 
 
 def _flat(rows: torch.Tensor) -> torch.Tensor:
@@ -147,8 +148,7 @@ class Apart:
         hidden, saved = direction.recurrent.shape[2], []
         out = rows.new_empty(*rows.shape[:3], hidden)
         for own, result in zip(zip(*columns, strict=True), out.unbind(0), strict=True):
-            with torch.enable_grad():  # else it keeps no workspace
-                found, *more = _kernel(*own, direction.reverse, [], _LSTM, hidden, 1, biases, False, False, True)
+            found, *more = lstm_layer(*own, direction.reverse, biases)
             result.copy_(found)
             saved += more
         return out, [torch.stack(saved[0::3]), torch.stack(saved[1::3])], saved
@@ -164,14 +164,14 @@ class Apart:
         deep: bool,
     ) -> tuple[list[Any], list[Any], Any]:
         columns, biases = _members(direction, rows)
-        hidden, size = direction.recurrent.shape[2], rows.shape[0]
+        size = rows.shape[0]
         given = (saved[0::3], saved[1::3], *(_spread(g, size) for g in (grad, *last)), saved[2::3])
         found = []
         for *own, result, hy, cy, g, g_hy, g_cy, workspace in zip(*columns, out.contiguous(), *given, strict=True):
             g_hy, g_cy = (torch.zeros_like(hy) if one is None else one for one in (g_hy, g_cy))
             g = torch.zeros_like(result) if g is None else g.contiguous()
-            end = direction.reverse, _LSTM, hidden, 1, biases, True, False, [], False, workspace
-            found.append(_kernel_backward(*own, result, hy, cy, g, g_hy, g_cy, *end))
+            end = workspace, direction.reverse, biases
+            found.append(lstm_layer_backward(*own, result, hy, cy, g, g_hy, g_cy, *end))
         back, *weights, of_hidden, of_cell = (torch.stack(column) for column in zip(*found, strict=True))
         return weights, [of_hidden, of_cell], back
 
@@ -198,5 +198,5 @@ def _by_member(call: Any) -> Any:
     return rule
 
 
-for _op in (_kernel, _kernel_backward):
+for _op in (kernel, kernel_backward):
     register_rule(_op, _by_member(_op))

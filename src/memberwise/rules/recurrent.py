@@ -12,11 +12,20 @@ from typing import Any
 import torch
 
 from memberwise._torch.tracing import tracing
+from memberwise.engine.choices import way
 from memberwise.engine.signals import Decline
 from memberwise.rules.axis import expanded
 from memberwise.rules.cells import CELLS, Cell
 from memberwise.rules.composite import composite
-from memberwise.rules.directions import Apart, Batched, Direction, Strategy, is_faster_apart
+from memberwise.rules.directions import Apart, Batched, Direction, Strategy, can_be_apart, is_faster_apart
+
+
+def _runs_apart(x: torch.Tensor, batch: int, hidden: int) -> bool:
+    """Whether each member has a call of its own. Recorded, that is for a plan to say: by cells, a step repeats the one
+    before, is compiled once, and its kernels are joined; one call keeps more, and is fast on a core of its own."""
+    if tracing():
+        return can_be_apart(x) and way("lstm", "by cells", "by calls") == "by calls"
+    return is_faster_apart(x, batch, hidden)
 
 
 class _Call:
@@ -36,8 +45,8 @@ class _Call:
         self.states, self.weights = rest[: cell.states], rest[cell.states :]
         self.per_direction = 4 if self.biases else 2
         _, steps, batch, _ = self.rows.shape
-        if kept is None:  # recorded by cells: a step repeats the one before, is compiled once; none takes the kernel
-            apart = cell.fused and not tracing() and is_faster_apart(x, batch, self.states[0].shape[-1])
+        if kept is None:
+            apart = cell.fused and _runs_apart(x, batch, self.states[0].shape[-1])
         else:
             apart = Apart.has_kept(kept[1:])
         self.strategy: Strategy = Apart() if apart else Batched(cell)
