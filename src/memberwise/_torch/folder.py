@@ -24,7 +24,7 @@ Made = TypeVar("Made")
 
 
 def kept_at(what: Any) -> Path:
-    """Where to keep something of `what`, as its `repr` tells it, on a machine of this kind, by this version of the code."""
+    """Where to keep something of `what`, as its `repr` tells it, on such a machine, by this version of the code."""
     return cache_folder() / "memberwise" / hashlib.sha256(repr((what, _machine())).encode()).hexdigest()[:32]
 
 

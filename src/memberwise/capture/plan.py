@@ -174,7 +174,7 @@ class Planner(Chunker):
         runs = tuple(graphed(run, inputs) for run in runs)
         finish = torch.cuda.synchronize if self._on_gpu else _nothing
         best, end, rounds = [float("inf")] * len(runs), time.perf_counter() + TRIAL * len(runs), 0
-        with torch.no_grad():
+        with torch.no_grad(), self.whole.memory:
             while time.perf_counter() < end or rounds < (3 if self._on_gpu else 1):  # the second makes a CUDA graph
                 for k, run in enumerate(runs):
                     start = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -118,6 +119,7 @@ class Program:
         choices: which operations could have run otherwise, and how.
         run: the compiled graph, as a function of the first `count` values.
         eager: whether it could not be compiled.
+        memory: a context in which it runs: where its intermediates lie.
     """
 
     graph: fx.GraphModule
@@ -146,6 +148,7 @@ class Program:
     choices: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     run: Callable[..., Sequence[torch.Tensor]] | None = None
     eager: bool = False
+    memory: AbstractContextManager[Any] = dataclasses.field(default_factory=nullcontext)
     count: int = 0
     fixed_written: set[int] = dataclasses.field(default_factory=set)
     check: Callable[..., bool] | None = None
@@ -257,7 +260,7 @@ class Program:
         for index, draw in self.draws:
             values[index] = draw.take(values)
         self._let_go(values)
-        with torch.no_grad():
+        with torch.no_grad(), self.memory:
             outputs = self.run(*values[: self.count])  # type: ignore[misc] # compiled by the caller
         self._leave(values, outputs)
         return self._returned(values, outputs)
@@ -271,7 +274,7 @@ class Program:
                 drawn = draw.take(values)
                 values[index] = copied(drawn) if drawn is draw.example else drawn  # which the next would overwrite
         self._let_go(steps[0])
-        with torch.no_grad():
+        with torch.no_grad(), self.memory:
             found = several(self.run, [values[: self.count] for values in steps])
         self._leave(steps[-1], found[-1])
         return [self._returned(values, outputs) for values, outputs in zip(steps, found, strict=True)]

@@ -9,6 +9,7 @@ import torch
 
 from memberwise._torch.dispatch import functorch_active, mode_depth
 from memberwise._torch.inductor import compiler_missing
+from memberwise._torch.pool import pool_of
 from memberwise.capture.arguments import Arguments
 from memberwise.capture.assembly import Assembly, Before, Refused
 from memberwise.capture.cache import Compiled, structure
@@ -112,6 +113,8 @@ class CapturedStep(Unfollowed):
     def _compile(self, program: Program, values: list[torch.Tensor], args: Any, kwargs: Any) -> None:
         """Compile a recording, at its first use, and plan how its members run; or give it up."""
         try:
+            if self._compiled.backend == "inductor" and all(value.device.type == "cpu" for value in values):
+                program.memory = pool_of(self)
             run = self._planned(program, values, args, kwargs)
             program.run = graphed(run, values[: program.count])
         except Exception as error:  # whatever the compiler cannot do, the step can
