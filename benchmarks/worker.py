@@ -22,7 +22,8 @@ def measure(request: row.Request) -> dict[str, Any]:
         command = (sys.executable, "-W", "ignore", "-m", "benchmarks.worker", json.dumps(asdict(request)), str(answer))
         environment = {**os.environ, **limited_to(request.threads)}
         if request.costs:
-            environment |= {"TORCHINDUCTOR_CACHE_DIR": request.cache or folder, "TORCHINDUCTOR_CPP_ENABLE_KERNEL_PROFILE": "1"}
+            environment |= {"TORCHINDUCTOR_CACHE_DIR": request.cache or folder}
+            environment |= {"TORCHINDUCTOR_CPP_ENABLE_KERNEL_PROFILE": "1"}
             environment |= {"KINETO_LOG_LEVEL": "99"}  # the profiler says when it starts
         where = f"{request.name}, {request.threads} threads"
         try:

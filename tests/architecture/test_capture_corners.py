@@ -172,10 +172,10 @@ def test_what_a_graph_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch._inductor.compile", lambda module, inputs, options: given.append(options))
     graph = fx.Graph()
     graph.output((graph.placeholder("x"),))
-    for threads in (0, 1):
-        inductor.compile_untried(fx.GraphModule({}, graph), [torch.ones(2)], threads)
+    for how in (inductor.How(), inductor.How(threads=1), inductor.How(channels_last=True)):
+        inductor.compile_untried(fx.GraphModule({}, graph), [torch.ones(2)], how)
     as_it_is = {"layout_optimization": False}
-    assert given == [as_it_is, {"cpp.threads": 1, **as_it_is}]
+    assert given == [as_it_is, {"cpp.threads": 1, **as_it_is}, {"layout_optimization": True}]
     known = torch._inductor.config.get_config_copy()
     assert known["layout_optimization"] is True and known["cpp.threads"] == -1  # there, and as they are by default
 

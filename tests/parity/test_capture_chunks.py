@@ -226,7 +226,7 @@ class Clock:
 def as_if_compiled(captured: CapturedStep, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plan a step as with a compiler, and compile nothing."""
     monkeypatch.setattr(captured._compiled, "backend", "inductor")
-    monkeypatch.setattr("memberwise.capture.cache._begun", lambda graph, inputs, threads: lambda trial: graph.forward)
+    monkeypatch.setattr("memberwise.capture.cache._begun", lambda graph, inputs, how: lambda trial: graph.forward)
 
 
 def _planned(clock: Clock, monkeypatch: pytest.MonkeyPatch, members: int = 4) -> Any:

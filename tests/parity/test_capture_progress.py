@@ -20,7 +20,7 @@ class Terminal(io.StringIO):
 def _compiled(error: io.StringIO, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> str:
     """What is written while a small step is compiled."""
 
-    def compiling(graph: Any, inputs: Any, threads: int) -> Any:
+    def compiling(graph: Any, inputs: Any, how: Any) -> Any:
         progress.told("compiling a step, by what repeats", 1, 3)
         return lambda trial: graph.forward
 

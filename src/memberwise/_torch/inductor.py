@@ -14,7 +14,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -30,42 +30,53 @@ AdamW takes 109 us instead of 132, a two-layer transformer's 535 instead of 662,
 kernels go through the compiler at once. Some operations are out of its reach, and some of these it finds out about
 when they run (`mkldnn_rnn_layer_backward`); the wrapper in Python has all."""
 
-_AS_IT_IS = {"layout_optimization": False}
-"""Convolutions keep the memory order that they have. Inductor would give them its own, with the channels last, which a
-CPU's library turns to what it likes in any case, and loops over member by member results get slow: ResNet-18, M = 3,
-takes 1.29 times as long a step, a depthwise network 1.19, small ones 0.93 to 1.27."""
-
 Trial = Callable[[], Sequence[torch.Tensor]]
 Compiled = Callable[..., Sequence[torch.Tensor]]
 
 
-def compile_untried(module: fx.GraphModule, inputs: Sequence[torch.Tensor], threads: int = 0) -> Compiled:
+class How(NamedTuple):
+    """How a graph is compiled.
+
+    Attributes:
+        threads: for how many its loops are; 0: as many as torch uses.
+        channels_last: whether convolutions on the CPU get, and give, images with the channels last. Where members
+            are folded into channels, or come one by one, that makes the loops around them slow: ResNet-18, M = 3, takes
+            1.29 times as long a step, a depthwise network 1.19, small ones 0.93 to 1.27.
+    """
+
+    threads: int = 0
+    channels_last: bool = False
+
+
+USUAL = How()
+
+
+def compile_untried(module: fx.GraphModule, inputs: Sequence[torch.Tensor], how: How = USUAL) -> Compiled:
     """A compiled `module` that has not run: only the wrapper that has all operations is used; else as `begin_graph`."""
     with torch.no_grad():
-        return _compile(module, inputs, _WRAPPERS[-1], threads)
+        return _compile(module, inputs, _WRAPPERS[-1], how)
 
 
 def begin_graph(
-    module: fx.GraphModule, inputs: Sequence[torch.Tensor], threads: int = 0
+    module: fx.GraphModule, inputs: Sequence[torch.Tensor], how: How = USUAL
 ) -> Callable[[Trial], Compiled]:
     """Begin to compile `module`: same inputs, same outputs, same writes to the inputs. What is returned ends it.
 
     In between, the C++ compiler works in another process, while the next graph is begun. Nothing runs on `inputs`; the
-    compiled graph has run, on what the trial gives, when it is returned. Its loops are for as many `threads` (0: as
-    torch uses).
+    compiled graph has run, on what the trial gives, when it is returned.
     """
     begun: Compiled | None = None
     libraries: list[_Later] = []
     first = _WRAPPERS[0 if _on_cpu(inputs) else -1]  # a GPU's graph of launches needs no wrapper
     with contextlib.suppress(Exception), torch.no_grad(), _built_aside(libraries):
-        begun = _compile(module, inputs, first, threads)
+        begun = _compile(module, inputs, first, how)
 
     def end(trial: Trial) -> Compiled:
         with torch.inference_mode(False), torch.no_grad():  # in inference mode copies would count no versions
             if begun is not None:
                 with contextlib.suppress(Exception):  # what the last wrapper raises is the reason given
                     return _direct(begun, libraries, trial)
-            run = _compile(module, inputs, _WRAPPERS[-1], threads)
+            run = _compile(module, inputs, _WRAPPERS[-1], how)
             run(*trial())
             return run
 
@@ -94,14 +105,14 @@ def _on_cpu(inputs: Sequence[torch.Tensor]) -> bool:
     return all(value.device.type == "cpu" for value in inputs)
 
 
-def _compile(module: fx.GraphModule, inputs: Sequence[torch.Tensor], options: dict[str, Any], threads: int) -> Compiled:
+def _compile(module: fx.GraphModule, inputs: Sequence[torch.Tensor], options: dict[str, Any], how: How) -> Compiled:
     from torch import _inductor
 
-    know_vectors()
-    if threads:
-        options = {**options, "cpp.threads": threads}
+    if how.threads:
+        options = {**options, "cpp.threads": how.threads}
     if _on_cpu(inputs):
-        options = {**options, **_AS_IT_IS}
+        know_vectors()
+        options = {**options, "layout_optimization": how.channels_last}
     compiled: Any = _inductor.compile(copy.deepcopy(module), _without_values(inputs), options=options)
     return compiled  # type: ignore[no-any-return] # it may change what it gets, hence the copy
 

@@ -13,7 +13,7 @@ from torch import fx
 
 from memberwise._torch.entry import Entry
 from memberwise._torch.folder import kept_at
-from memberwise._torch.inductor import Trial, begin_graph, compile_untried
+from memberwise._torch.inductor import USUAL, How, Trial, begin_graph, compile_untried
 from memberwise.capture.outline import by_regions
 from memberwise.capture.regions import Uncut
 from memberwise.capture.unfused import unfused
@@ -28,15 +28,13 @@ class Compiled:
         self._entries: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 
     def get(
-        self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Trial | None, threads: int = 0
+        self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Trial | None, how: How = USUAL
     ) -> Callable[..., Any]:
-        """The compiled `graph`. Nothing runs on `inputs`; if there is a `trial`, it has run on what that gives.
-
-        Its loops are for as many `threads` (0: as torch uses)."""
-        key = structure(graph, inputs), threads
+        """The compiled `graph`. Nothing runs on `inputs`; if there is a `trial`, it has run on what that gives."""
+        key = structure(graph, inputs), how
         if key not in self._entries:
             plain = self.backend == "fx"
-            self._entries[key] = graph.forward if plain else _compiled(unfused(graph), inputs, trial, threads)
+            self._entries[key] = graph.forward if plain else _compiled(unfused(graph), inputs, trial, how)
         self._entries.move_to_end(key)
         while len(self._entries) > self.size:
             self._entries.popitem(last=False)
@@ -44,24 +42,24 @@ class Compiled:
 
 
 def _compiled(
-    graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Trial | None, threads: int
+    graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Trial | None, how: How
 ) -> Callable[..., Any]:
     """By regions, if it repeats itself; else whole."""
     if trial is None:
-        return compile_untried(graph, inputs, threads)
-    begin = functools.partial(_begun, threads=threads)
+        return compile_untried(graph, inputs, how)
+    begin = functools.partial(_begun, how=how)
     with contextlib.suppress(Uncut), torch.no_grad():
         return by_regions(graph, trial, begin)[0]
     return begin(graph, inputs)(trial)
 
 
-def _begun(graph: fx.GraphModule, inputs: Sequence[torch.Tensor], threads: int) -> Callable[[Trial], Any]:
+def _begun(graph: fx.GraphModule, inputs: Sequence[torch.Tensor], how: How) -> Callable[[Trial], Any]:
     """As `begin_graph` does; a program that another process has compiled is loaded from disk, without a compiler."""
-    path = kept_at((structure(graph, inputs), threads or torch.get_num_threads())).with_suffix(".program")
+    path = kept_at((structure(graph, inputs), how, torch.get_num_threads())).with_suffix(".program")
     known = Entry.kept(path)
     if known is not None:
         return lambda trial: known
-    end = begin_graph(graph, inputs, threads)
+    end = begin_graph(graph, inputs, how)
 
     def ended(trial: Trial) -> Any:
         run = end(trial)

@@ -19,9 +19,12 @@ import torch
 from torch import fx
 
 from memberwise._torch.identity import memory_key
+from memberwise._torch.inductor import How
+from memberwise.capture.alone import alone
 from memberwise.capture.chunks import Chunks, Result, Run, Source
 from memberwise.capture.excerpt import Excerpt, Stacked
 from memberwise.capture.into import writing_into
+from memberwise.capture.layout import channels_last_is_faster
 from memberwise.capture.program import Program, copied
 from memberwise.capture.widened import wide, wide_type, widened
 from memberwise.engine.choices import taking
@@ -77,6 +80,7 @@ class Prepared(NamedTuple):
 
     size: int
     parts: list[Part]
+    channels_last: bool = False
 
     def uncompiled(self, lanes: int = 1) -> Chunks:
         """Chunks that run operation by operation."""
@@ -100,7 +104,7 @@ class Chunker:
         whole: the recording.
         values: those of the call.
         record: records the step anew, for the members that the state holds.
-        compiled: makes a graph a function, given what it is called with, a trial, and for how many threads.
+        compiled: makes a graph a function, given what it is called with, a trial, and how to compile it.
         marked: arguments given with `each()`.
     """
 
@@ -118,8 +122,9 @@ class Chunker:
         """The same, compiled: for one thread what runs in lanes; those left over have all cores. Raises `Unfit`."""
         runs = []
         for part, threads in zip(prepared.parts, (int(lanes > 1), 0), strict=False):
+            how = How(threads, prepared.channels_last)
             try:
-                runs.append(self.compiled(part.graph, part.inputs, part.trial, threads))
+                runs.append(self.compiled(part.graph, part.inputs, part.trial, how))
             except Exception as error:  # whatever the compiler cannot do
                 raise Unfit(f"it cannot be compiled for {prepared.size}: {error}") from error
         return prepared.of(runs, lanes)
@@ -142,7 +147,8 @@ class Chunker:
                     parts = [self._recorded(stacked, few, members) for few in (size, members % size) if few]
                 prepared = Prepared(size, parts)
                 self._compare(prepared)
-                return prepared
+                last = size == 1 and channels_last_is_faster(parts[0].graph, parts[0].inputs)
+                return prepared._replace(channels_last=last)
             except Unfit as reason:
                 reasons.append(str(reason))
         raise Unfit(reasons[0])
@@ -187,8 +193,9 @@ class Chunker:
         written = [memory_key(self.values[k]) in whole.written for k, _ in sources]
         results = self._results(part, size, members)
         into = [like.empty().narrow(dim, 0, size) for like, dim in results]
+        graph = alone(part.graph, inputs) if size == 1 else part.graph
         return Part(
-            writing_into(part.graph), [*inputs, *into], sources, results,
+            writing_into(graph), [*inputs, *into], sources, results,
             lambda: [*(copied(x) if own else x for x, own in zip(inputs, written, strict=True)), *into],
         )  # fmt: skip
 

@@ -170,7 +170,8 @@ class Recorder(DispatchMode):
             return
         for index, made in enumerate(out or ()):
             if isinstance(made, torch.Tensor):
-                self._nodes[made] = self._append(operator.getitem, (node, index), {})
+                own = self._nodes[made] = self._append(operator.getitem, (node, index), {})
+                own.meta["kind"], own.meta["dtype"] = (made.shape, made.stride()), made.dtype
             elif not isinstance(made, int | None):
                 raise TypeError(f"a result of type {type(made).__name__}")
 
