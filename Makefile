@@ -20,7 +20,7 @@ THIRD := .venv-third-party
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types doctest snippets imports check check-capture check-fuzz coverage check-modules \
+.PHONY: help demo test lint format types doctest snippets imports check check-capture check-plans check-fuzz coverage check-modules \
         check-operations check-mutations check-torch-tests bench bench-first bench-overhead readme clean
 
 help: ## list the targets
@@ -67,6 +67,13 @@ check-mutations: $(READY) ## break each rule in turn, and demand that the tests 
 
 check-capture: $(READY) ## captured steps, compiled, against eager ones over 50 steps; minutes of compiling
 	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=worksteal tests/parity/check_capture.py $(ARGS)
+
+PLANS := graph one-by-one two-by-two lanes
+CAPTURED := tests/parity/test_capture*.py tests/parity/test_optim_capture.py tests/properties/test_capture.py
+
+check-plans: $(READY) ## the tests of captured steps, with each way to run them forced; five minutes
+	@for plan in $(PLANS); do echo "MEMBERWISE_PLAN=$$plan"; MEMBERWISE_PLAN=$$plan $(ONE_THREAD) $(BIN)/python -m pytest \
+		-n auto --maxprocesses=8 --dist=worksteal -m "not chooses" $(CAPTURED) || exit 1; done
 
 check-fuzz: $(READY) ## random programs and histories, stack against loop; ARGS="--programs 100000 --sequences 5000" records
 	$(ONE_THREAD) $(BIN)/python -m survey.fuzz.run $(ARGS)

@@ -55,15 +55,16 @@ NO_KERNEL = frozenset(
 """Operations that start no kernel: views, allocation, questions."""
 
 
-def kernels(run: Run, device: str) -> int:
-    """How many kernels one run starts: on a GPU those it saw, on a CPU innermost operations and Inductor's loops."""
+def kernels(run: Run, device: str) -> int | None:
+    """How many kernels one run starts: on a GPU those it saw (None where the profiler may not look), on a CPU innermost
+    operations and Inductor's loops."""
     if torch.device(device).type == "cuda":
         with profile(activities=[ProfilerActivity.CUDA]) as found:
             run()
             torch.cuda.synchronize()
         on_gpu = torch.autograd.DeviceType.CUDA
         names = [event.name for event in found.events() if event.device_type is on_gpu]
-        return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+        return sum(not name.startswith(("Memcpy", "Memset")) for name in names) or None
     everywhere = _ExperimentalConfig(profile_all_threads=True)  # chunks run on the threads of kernels
     with profile(activities=[ProfilerActivity.CPU], experimental_config=everywhere) as found:
         run()

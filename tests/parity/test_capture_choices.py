@@ -42,6 +42,7 @@ def _training(members: int) -> tuple[memberwise.Stack[Reader], object]:
     return stack, step
 
 
+@pytest.mark.chooses
 @pytest.mark.parametrize("members", [4, 5])
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_recorded_lstm_runs_by_calls(members: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +63,7 @@ def test_a_recorded_lstm_runs_by_calls(members: int, size: int, monkeypatch: pyt
         assert_same(ours, theirs, "by calls", exact=False)
 
 
+@pytest.mark.chooses
 def test_the_plan_takes_the_faster_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 

@@ -242,6 +242,7 @@ def _planned(clock: Clock, monkeypatch: pytest.MonkeyPatch, members: int = 4) ->
     return captured
 
 
+@pytest.mark.chooses
 @pytest.mark.parametrize("faster", [True, False])
 def test_auto_takes_the_faster(faster: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captured = _planned(Clock(whole=1.0, of_1=0.5 if faster else 2.0), monkeypatch)
@@ -258,6 +259,7 @@ def test_auto_takes_the_faster(faster: bool, folder: Path, monkeypatch: pytest.M
         ({"whole": 1.0, "of_1": 1.4, "of_8": 1.2}, 0),
     ],
 )
+@pytest.mark.chooses
 def test_auto_tries_several_sizes(
     seconds: dict[str, float], size: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +269,7 @@ def test_auto_tries_several_sizes(
     assert captured.plans[0].count(" ms, ") == 2
 
 
+@pytest.mark.chooses
 def test_auto_does_not_compile_what_promises_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captured = _planned(Clock(whole=1.0, of_1=2.0, of_8=1.2), monkeypatch, members=17)
     assert captured.plans == ["all at once: 8 at a time 1200.00 ms, all at once 1000.00"]
@@ -274,12 +277,14 @@ def test_auto_does_not_compile_what_promises_nothing(folder: Path, monkeypatch: 
     assert captured.plans == ["all at once: one at a time 200% of its time"]
 
 
+@pytest.mark.chooses
 def test_auto_stops_where_its_budget_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "BUDGET", -1.0)
     captured = _planned(Clock(whole=1.0, of_1=0.5, of_8=0.75), monkeypatch, members=17)
     assert captured.plans == ["one at a time: one at a time 500.00 ms, all at once 1000.00"]
 
 
+@pytest.mark.chooses
 @pytest.mark.parametrize(("seconds", "size"), [(0.5, 1), (0.97, 0), (2.0, 0)])
 def test_what_takes_long_to_compile_must_be_faster_uncompiled(
     seconds: float, size: int, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -292,6 +297,7 @@ def test_what_takes_long_to_compile_must_be_faster_uncompiled(
     assert len(captured._compiled._entries) == 1  # nothing else was compiled
 
 
+@pytest.mark.chooses
 def test_auto_does_not_try_what_cannot_pay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(whole=plan.WORTH * 1.9)
     captured = _planned(clock, monkeypatch)
@@ -299,6 +305,7 @@ def test_auto_does_not_try_what_cannot_pay(folder: Path, monkeypatch: pytest.Mon
     assert clock.asked == 1
 
 
+@pytest.mark.chooses
 @pytest.mark.parametrize("faster", [True, False])
 def test_a_plan_is_remembered(faster: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another step of the same operations measures nothing; with another number of members it is another step."""

@@ -167,6 +167,7 @@ def test_each_kind_trains_the_same(
         ({"of_1": 1.1, "of_1_on_2": 1.4, "of_2_on_2": 1.4}, 0, 1),
     ],
 )
+@pytest.mark.chooses
 def test_the_plan_tries_both(
     seconds: dict[str, float], size: int, lanes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
