@@ -20,9 +20,7 @@ def start(case: Case, models: list[nn.Module]) -> Running:
     if isinstance(case.in_jax, Unwritten):
         raise Cannot(case.in_jax.why)
     jax.config.update("jax_enable_x64", next(models[0].parameters()).dtype is torch.float64)
-    jax.config.update(
-        "jax_default_matmul_precision", "highest"
-    )  # else it rounds factors on a GPU
+    jax.config.update("jax_default_matmul_precision", "highest")  # else it rounds factors on a GPU
     on_cpu = next(models[0].parameters()).device.type == "cpu"
     params, buffers = ({name: array(value) for name, value in part.items()} for part in stacked(models))
     whole, optimizer = step_of_all(case, models[0])

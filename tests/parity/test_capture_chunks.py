@@ -302,7 +302,26 @@ def test_auto_does_not_try_what_cannot_pay(folder: Path, monkeypatch: pytest.Mon
     clock = Clock(whole=plan.WORTH * 1.9)
     captured = _planned(clock, monkeypatch)
     assert "us a member" in captured.plans[0]
-    assert clock.asked == 1
+    assert clock.asked == 2, "compiled; and beside the recording as it is"
+
+
+@pytest.mark.chooses
+@pytest.mark.parametrize(("part", "plain"), [(0.5, True), (0.97, False)])
+def test_a_recording_may_run_uncompiled(
+    part: float, plain: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds(self: Any, *runs: Any) -> list[float]:
+        whole = [not isinstance(getattr(run, "__self__", run), chunks.Chunks) for run in runs]
+        return [1.0, part] if whole == [True, True] else [1.0 if one else 2.0 for one in whole]
+
+    texts = []
+    for _ in range(2):  # the second time as remembered
+        captured = _planned(seconds, monkeypatch)  # type: ignore[arg-type] # called like one
+        program = captured.programs[0]
+        assert (getattr(program.run, "__self__", None) is program.graph) == plain
+        texts.append(captured.plans[0])
+    assert texts[0].startswith("all at once, operation by operation: " if plain else "all at once: ")
+    assert texts[1] == f"{texts[0]}, as measured before"
 
 
 @pytest.mark.chooses

@@ -35,6 +35,9 @@ HOPE = 1.5
 """How much longer than all at once a candidate may take operation by operation, to be compiled all the same: many small
 operations gain more by it than few large ones. (MLPs, M = 10 to 1000, beyond it: none was faster compiled.)"""
 
+UNCOMPILED = "operation by operation"
+"""The way of a recording that runs as it was recorded."""
+
 TRIAL = 0.2
 """Seconds for which each candidate is timed."""
 
@@ -91,6 +94,8 @@ class Planner(Chunker):
         return self.compiled(self.whole.graph, self.values[: self.whole.count], trial)
 
     def _as_known(self, plan: Plan) -> tuple[Run, str]:
+        if plan.choice.way == UNCOMPILED:
+            return self.whole.graph.forward, f"{plan.text}, as measured before"
         if not plan.choice.size:
             return self.at_once(), f"{plan.text}, as measured before"
         try:
@@ -138,7 +143,16 @@ class Planner(Chunker):
                 best, choice = chunks, candidate
             if time.monotonic() > end:
                 break
-        return best, choice, "; ".join(told) or why
+        return self._or_uncompiled(best, choice, told) or (best, choice, "; ".join(told) or why)
+
+    def _or_uncompiled(self, best: Run, choice: Candidate, told: list[str]) -> tuple[Run, Candidate, str] | None:
+        """The recording as it is, where that is faster: some kernels of torch's beat what a compiler makes of them."""
+        plain = self.whole.graph.forward
+        now, own = self._seconds(best, plain)
+        if own >= GAIN * now:
+            return None
+        told = [*told, f"uncompiled {own * 1e3:.2f} ms, {choice} {now * 1e3:.2f}"]
+        return plain, Candidate(way=UNCOMPILED), "; ".join(told)
 
     def _tried(self, seconds: float) -> tuple[list[tuple[float, Candidate, Prepared]], str]:
         """The candidates for a step of so many seconds, the best operation by operation first: the part of the time of
