@@ -20,6 +20,7 @@ from memberwise._torch.identity import memory_key
 from memberwise._torch.versions import version
 from memberwise.capture import chunker, plan, step
 from memberwise.capture.graphed import Graphed
+from memberwise.capture.program import copied, once
 
 PLANS: dict[str, Callable[[], None]] = {}
 """Ways to run, by name."""
@@ -31,7 +32,7 @@ class AddressTape:
     def __init__(self, run: Any, inputs: Sequence[torch.Tensor]) -> None:
         self.run = run
         self.places = [_place(value) for value in inputs]
-        copies = [_copied(value) for value in inputs]
+        copies = [copied(value) for value in inputs]
         before = list(map(version, copies))
         owners = dict(zip(map(memory_key, copies), inputs, strict=True))
         self.outputs = [owners.get(memory_key(out), out) for out in run(*copies)]
@@ -42,7 +43,7 @@ class AddressTape:
         """Run it again, into the same results."""
         with torch.no_grad():
             for out, now in zip(self.outputs, self.run(*map(_at, self.places)), strict=True):
-                _dense(out).copy_(_dense(now))
+                once(out).copy_(once(now))
 
     def follow(self) -> None:
         """A CPU is done with what was asked before."""
@@ -92,17 +93,3 @@ def _at(place: Any) -> torch.Tensor:
         return torch.empty_strided(shape, stride, dtype=dtype)
     memory = (ctypes.c_char * (span * dtype.itemsize)).from_address(pointer)
     return torch.frombuffer(memory, dtype=dtype).as_strided(shape, stride)
-
-
-def _copied(value: torch.Tensor) -> torch.Tensor:
-    own = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
-    _dense(own).copy_(_dense(value))
-    return own
-
-
-def _dense(value: torch.Tensor) -> torch.Tensor:
-    """Without what lies there more than once."""
-    for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
-        if size > 1 and not stride:
-            value = value.narrow(dim, 0, 1)
-    return value.detach()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from memberwise.capture.record import shapes
 from memberwise.engine.operation import written_among
 
 _aten = torch.ops.aten
@@ -39,33 +40,28 @@ class _Rewriting:
     """Rewrites a copy of a graph.
 
     Attributes:
+        shapes: of its nodes.
         core: of a view that only has its axes of one entry elsewhere, what it is a view of.
     """
 
     def __init__(self, graph: fx.Graph, inputs: Sequence[torch.Tensor]) -> None:
         self.graph = fx.Graph()
         self.graph.output(self.graph.graph_copy(graph, {}))
-        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
-        self.known = {node: tuple(value.shape) for node, value in zip(placeholders, inputs, strict=True)}
+        self.shapes = shapes(self.graph, inputs)
         self.core: dict[fx.Node, fx.Node] = {}
         self.written = {one for node in self.graph.nodes for one in _written(node)}
         for node in list(self.graph.nodes):
-            if node.op == "call_function" and self._shape(node) is not None and node not in self.written:
+            if node.op == "call_function" and node in self.shapes and node not in self.written:
                 self._view(node) or self._elementwise(node)
         self.graph.eliminate_dead_code(lambda node: node.op != "call_function" or bool(_written(node)))
-
-    def _shape(self, node: fx.Node) -> tuple[int, ...] | None:
-        return self.known.get(node) or (tuple(node.meta["kind"][0]) if "kind" in node.meta else None)
 
     def _view(self, node: fx.Node) -> bool:
         """Note what it is a view of; where that has the same shape, it stands for the view."""
         if node.target not in _VIEWS and node.target is not _aten.transpose.int:
             return False
         source: Any = node.args[0]
-        before, now = self._shape(source), self._shape(node)
+        before, now = self.shapes.get(source), self.shapes[node]
         if source in self.written or before is None or _long(before) != _long(now):
-            return False
-        if node.target is _aten.transpose.int and 1 not in (before[node.args[1]], before[node.args[2]]):
             return False
         if node.target is _aten.transpose.int and not _moves_ones(before, *node.args[1:]):
             return False
@@ -73,24 +69,25 @@ class _Rewriting:
         if core in self.written:
             return False
         self.core[node] = core
-        if self._shape(core) == now:
+        if self.shapes.get(core) == now:
             node.replace_all_uses_with(core)
         return True
 
     def _elementwise(self, node: fx.Node) -> bool:
         """Let it take what its arguments are views of, and view its result instead."""
         given = node.all_input_nodes
-        shape = self._shape(node)
+        shape = self.shapes[node]
         if torch.Tag.pointwise not in getattr(node.target, "tags", ()) or _written(node) or not given or not shape:
             return False
-        if any(self._shape(one) != shape for one in given) or shape[0] != 1:
+        if any(self.shapes.get(one) != shape for one in given) or shape[0] != 1:
             return False
         cores = {one: self.core.get(one) for one in given}
-        if any(core is None or self._shape(core) != shape[1:] or core in self.written for core in cores.values()):
+        if any(core is None or self.shapes.get(core) != shape[1:] or core in self.written for core in cores.values()):
             return False
         with self.graph.inserting_before(node):
             own = self.graph.node_copy(node, lambda one: cores[one] or one)
             view = self.graph.call_function(_aten.unsqueeze.default, (own, 0))
+        self.shapes |= {own: shape[1:], view: shape}
         own.meta, view.meta = {**node.meta, "kind": (shape[1:], None)}, dict(node.meta)
         node.replace_all_uses_with(view)
         self.graph.erase_node(node)

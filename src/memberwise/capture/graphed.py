@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 from memberwise._torch.identity import holders, memory_key
 from memberwise._torch.versions import version
 from memberwise.capture.chunks import Run
-from memberwise.capture.program import copied
+from memberwise.capture.program import copied, once
 
 
 class Tape(Protocol):
@@ -104,7 +104,7 @@ class Graphed:
             return False
         moved = [k for k, own in zip(self._staying, self._addresses, strict=True) if inputs[k].data_ptr() != own]
         held = {k for k, value in enumerate(self._tape.outputs) if holders(value) > self._holders[k]} - self._held
-        self._moving |= {k: _twin(inputs[k]) for k in moved}
+        self._moving |= {k: copied(inputs[k]) for k in moved}
         self._held |= held
         return not moved and not held
 
@@ -134,10 +134,10 @@ class Graphed:
         assert tape is not None  # made, or stands
         tape.follow()
         for k, own in self._moving.items():
-            _once(own).copy_(_once(inputs[k]))
+            once(own).copy_(once(inputs[k]))
         tape.replay()
         for k in self._changed & self._moving.keys():
-            _once(inputs[k]).copy_(_once(self._moving[k]))
+            once(inputs[k]).copy_(once(self._moving[k]))
         increment_version([inputs[k] for k in self._changed - self._moving.keys()])
         return [copied(value) if k in self._held else value.detach() for k, value in enumerate(tape.outputs)]
 
@@ -146,18 +146,3 @@ def graphed(run: Run, inputs: Sequence[torch.Tensor]) -> Run:
     """The program as a graph if all its inputs are on one GPU; else as it is."""
     devices = {value.device for value in inputs}
     return Graphed(run) if [device.type for device in devices] == ["cuda"] else run
-
-
-def _twin(value: torch.Tensor) -> torch.Tensor:
-    """A copy in the same memory order, expanded or not."""
-    twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    _once(twin).copy_(_once(value))
-    return twin
-
-
-def _once(value: torch.Tensor) -> torch.Tensor:
-    """The same without what lies there more than once: an expanded tensor cannot be copied to."""
-    for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
-        if size > 1 and not stride:
-            value = value.narrow(dim, 0, 1)
-    return value.detach()

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from memberwise.capture.record import shapes
+
 GAIN = 0.7
 """What part of their time convolutions must take with the channels last, for the rest of the step to lose less."""
 
@@ -41,19 +43,13 @@ class _Image(tuple[int, ...]):
 
 def _calls(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Counter[Any]:
     """Two-dimensional convolutions, forward and backward: each with its arguments, and how often."""
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    shapes: dict[fx.Node, Any] = {node: value.shape for node, value in zip(placeholders, inputs, strict=True)}
+    known = shapes(graph.graph, inputs)
     found: Counter[Any] = Counter()
     for node in graph.graph.nodes:
-        if node.target not in _CONVOLUTIONS:
-            continue
-
-        def kind(own: fx.Node) -> _Image:
-            return _Image(shapes[own] if own in shapes else own.meta["kind"][0])
-
-        args = tuple(kind(one) if isinstance(one, fx.Node) else one for one in node.args)
-        if len(args[1]) == 4:
-            found[node.target, _frozen(args)] += 1
+        if node.target in _CONVOLUTIONS:
+            args = tuple(_Image(known[one]) if isinstance(one, fx.Node) else one for one in node.args)
+            if len(args[1]) == 4:
+                found[node.target, _frozen(args)] += 1
     return found
 
 

@@ -309,9 +309,18 @@ def hooks_on(leaves: Sequence[torch.Tensor]) -> list[Any]:
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in the same memory order."""
+    """A copy in the same memory order, expanded or not."""
     copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return copy.copy_(tensor.detach())
+    once(copy).copy_(once(tensor))
+    return copy
+
+
+def once(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory without what lies there more than once: an expanded tensor cannot be copied to."""
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1 and not stride:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor.detach()
 
 
 def _resolve(leaf: Any, outputs: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Any:

@@ -281,6 +281,13 @@ def _is_subclass(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and not is_plain(leaf)
 
 
+def shapes(graph: fx.Graph, inputs: Iterable[torch.Tensor]) -> dict[fx.Node, tuple[int, ...]]:
+    """Of each node of a recording that is one tensor: its inputs', and those that were seen."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    seen = {node: tuple(node.meta["kind"][0]) for node in graph.nodes if "kind" in node.meta}
+    return seen | {node: tuple(value.shape) for node, value in zip(placeholders, inputs, strict=True)}
+
+
 def is_write(node: fx.Node) -> bool:
     """Whether a node must stay though nothing reads its result."""
     if node.op != "call_function":
