@@ -140,8 +140,9 @@ def test_gradients_are_the_results_last_left_unless_somebody_holds_them(graphs: 
     world = training("mlp", "sgd")
     captured = step.CapturedStep(world.step, backend="fx")
     addresses, kept, values = [], [], []
-    for k in range(9):
-        captured((INPUTS["mlp"][1](),), {})
+    batches = [INPUTS["mlp"][1]() for _ in range(9)]  # all held, so that each lies elsewhere
+    for k, x in enumerate(batches):
+        captured((x,), {})
         grad = next(iter(world.stack.parameters())).grad
         addresses.append(grad.data_ptr())
         if k > 6:
