@@ -39,9 +39,7 @@ class How(NamedTuple):
 
     Attributes:
         threads: for how many its loops are; 0: as many as torch uses.
-        channels_last: whether convolutions on the CPU get, and give, images with the channels last. Where members
-            are folded into channels, or come one by one, that makes the loops around them slow: ResNet-18, M = 3, takes
-            1.29 times as long a step, a depthwise network 1.19, small ones 0.93 to 1.27.
+        channels_last: whether convolutions on the CPU get, and give, images with the channels last.
     """
 
     threads: int = 0

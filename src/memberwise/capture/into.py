@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from memberwise.capture.regions import Aliases, Uncut
+from memberwise.capture.aliases import Aliases, Unclear
 
 
 def writing_into(module: fx.GraphModule) -> fx.GraphModule:
@@ -48,7 +48,7 @@ def _last_uses(graph: fx.Graph) -> Callable[[fx.Node], fx.Node]:
     nodes = list(graph.nodes)
     try:
         aliases = Aliases(graph)
-    except Uncut:  # then it is compiled whole
+    except Unclear:  # then it is compiled whole
         return lambda value: nodes[-1]
     last = {aliases.base(one): node for node in nodes for one in (node, *node.all_input_nodes)}
     return lambda value: last[aliases.base(value)]

@@ -7,17 +7,21 @@ Whichever is fastest on the user's own step, measured at its first use, on copie
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import operator
 import time
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
+from memberwise._torch.inductor import How
 from memberwise.capture import progress
 from memberwise.capture.chunker import Chunker, Prepared, Unfit
 from memberwise.capture.chunks import Run, several
 from memberwise.capture.graphed import graphed
+from memberwise.capture.layout import laid_out
 from memberwise.capture.outline import LONG
 from memberwise.capture.remembered import Candidate, Plan, Remembered
 
@@ -90,12 +94,24 @@ class Planner(Chunker):
 
     def at_once(self) -> Run:
         """The recording for all members, compiled."""
+        graph, last = self._laid_out
         trial = self._copies if self.whole.can_copy(self.values) else None
-        return self.compiled(self.whole.graph, self.values[: self.whole.count], trial)
+        return self.compiled(graph, self.values[: self.whole.count], trial, How(channels_last=last))
+
+    @functools.cached_property
+    def _laid_out(self) -> tuple[fx.GraphModule, bool]:
+        if not self.whole.can_copy(self.values):
+            return self.whole.graph, False
+        return laid_out(self.whole.graph, self._copies, self.whole.outputs)
+
+    @property
+    def _plain(self) -> Run:
+        """The recording for all members, operation by operation."""
+        return self._laid_out[0].forward
 
     def _as_known(self, plan: Plan) -> tuple[Run, str]:
         if plan.choice.way == UNCOMPILED:
-            return self.whole.graph.forward, f"{plan.text}, as measured before"
+            return self._plain, f"{plan.text}, as measured before"
         if not plan.choice.size:
             return self.at_once(), f"{plan.text}, as measured before"
         try:
@@ -105,22 +121,14 @@ class Planner(Chunker):
 
     def _promised(self) -> tuple[Run, Candidate, str]:
         """Of a long recording: what is fastest operation by operation is compiled, and nothing else."""
-        (seconds,) = self._seconds(self.whole.graph.forward)
+        (seconds,) = self._seconds(self._plain)
         found, told = self._tried(seconds)
         told = f"{told}, operation by operation"
         for taken, candidate, prepared in found:
             if taken < GAIN:
                 with contextlib.suppress(Unfit):
                     return self.of(prepared, candidate.lanes), candidate, told
-        best = self.at_once(), Candidate(), told
-        for _, candidate, prepared in found:
-            if prepared.channels_last:  # which only shows when it is compiled
-                with contextlib.suppress(Unfit):
-                    chunks = self.of(prepared, candidate.lanes)
-                    now, own = self._seconds(best[0], chunks)
-                    told = f"{candidate}, channels last, {own * 1e3:.2f} ms, all at once {now * 1e3:.2f}"
-                    return (chunks, candidate, told) if own < now else (*best[:2], told)
-        return best
+        return self.at_once(), Candidate(), told
 
     def _measured(self) -> tuple[Run, Candidate, str]:
         """What is fastest, compiled; the candidates in the order of what they promise."""
@@ -147,7 +155,7 @@ class Planner(Chunker):
 
     def _or_uncompiled(self, best: Run, choice: Candidate, told: list[str]) -> tuple[Run, Candidate, str] | None:
         """The recording as it is, where that is faster: some kernels of torch's beat what a compiler makes of them."""
-        plain = self.whole.graph.forward
+        plain = self._plain
         now, own = self._seconds(best, plain)
         if own >= GAIN * now:
             return None
@@ -174,7 +182,7 @@ class Planner(Chunker):
             return [], why
         own = [prepared[candidate.size, candidate.way] for candidate in candidates]
         chunks = [part.uncompiled(candidate.lanes) for part, candidate in zip(own, candidates, strict=True)]
-        whole, *each = self._seconds(self.whole.graph.forward, *chunks)
+        whole, *each = self._seconds(self._plain, *chunks)
         found = [(taken / whole, *rest) for taken, *rest in zip(each, candidates, own, strict=True)]
         found.sort(key=operator.itemgetter(0))
         return found, "; ".join(f"{candidate} {100 * part:.0f}% of its time" for part, candidate, _ in found)

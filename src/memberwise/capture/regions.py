@@ -18,8 +18,9 @@ from typing import Any
 
 from torch import fx
 
+from memberwise.capture.aliases import Aliases, Unclear, tensor_at, written
 from memberwise.capture.repeats import Repeat, repeats
-from memberwise.engine.operation import describe, written_among
+from memberwise.engine.operation import describe
 
 SHORTEST, LEAST = 20, 60
 """Operations of a region, at least, and how many must be saved for a stretch to become one."""
@@ -44,62 +45,6 @@ class Uncut(Exception):
     """A recording that is better compiled whole."""
 
 
-class Aliases:
-    """Which nodes are the same memory."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self._base: dict[fx.Node, fx.Node] = {}
-        self._same: dict[fx.Node, fx.Node] = {}
-        for node in graph.nodes:
-            self._note(node)
-
-    def base(self, node: fx.Node) -> fx.Node:
-        """The node that made the memory that `node` lies in."""
-        return self._base[node]
-
-    def same(self, node: fx.Node) -> fx.Node:
-        """The node whose very tensor this one is: what an operation in place returns is its argument."""
-        return self._same[node]
-
-    def is_view(self, node: fx.Node) -> bool:
-        """Whether the node is another look at a tensor that is there."""
-        return self._same[node] is node is not self._base[node]
-
-    def _note(self, node: fx.Node) -> None:
-        self._base[node] = self._same[node] = node
-        if node.op != "call_function":
-            return
-        if node.target is operator.getitem:
-            made, index = node.args
-            if not isinstance(made, fx.Node) or not isinstance(index, int):
-                raise Uncut("it takes a result apart in an unknown way")
-            if describe(made.target).is_view:
-                self._base[node] = self._base[made]
-            else:
-                self._note_returned(node, made, index)
-            return
-        facts = describe(node.target)
-        if facts.moves_in_place or facts.swaps_memory:
-            raise Uncut(f"{node.target} gives a tensor another shape in place")
-        if facts.is_view:
-            self._base[node] = self._base[_tensor(node.args[0])]
-        else:
-            self._note_returned(node, node, 0)
-
-    def _note_returned(self, node: fx.Node, made: fx.Node, index: int) -> None:
-        """What an operation returns may be what it was given to write."""
-        returned = describe(made.target).returned
-        place = returned[index] if index < len(returned) else None
-        if place is not None:
-            argument = _tensor(made.kwargs[place] if isinstance(place, str) else made.args[place])
-            self._same[node], self._base[node] = self._same[argument], self._base[argument]
-
-
-def _written(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose memory an operation writes."""
-    return [] if node.target is operator.getitem else written_among(node.target, node.args, node.kwargs)
-
-
 class Region:
     """Operations that run one after the other, as one graph of their own.
 
@@ -113,7 +58,7 @@ class Region:
     def __init__(self, nodes: Sequence[fx.Node], aliases: Aliases) -> None:
         self.aliases = aliases
         self.all_nodes = nodes
-        self._changed = {aliases.base(one) for node in nodes for one in _written(node)}
+        self._changed = {aliases.base(one) for node in nodes for one in written(node)}
         self._inside: set[fx.Node] = set()
         own = set(nodes)
         looks = self._looks(nodes, own)
@@ -219,7 +164,10 @@ def regions(graph: fx.Graph) -> list[Region]:
 
     They hold all operations but for `get_attr` and the views that are taken outside.
     """
-    aliases = Aliases(graph)
+    try:
+        aliases = Aliases(graph)
+    except Unclear as reason:
+        raise Uncut(str(reason)) from reason
     units = _units(graph)
     tokens = [_token(unit) for unit in units]
 
@@ -270,7 +218,7 @@ def _units(graph: fx.Graph) -> list[list[fx.Node]]:
         if node.op != "call_function":
             continue
         if node.target is operator.getitem:
-            owner[_tensor(node.args[0])].append(node)
+            owner[tensor_at(node.args[0])].append(node)
             continue
         owner[node] = [node]
         units.append(owner[node])
@@ -287,8 +235,3 @@ def _token(unit: Sequence[fx.Node]) -> Hashable:
 
 def _name(node: fx.Node) -> str:
     return node.target._schema.name.partition("::")[2]  # type: ignore[union-attr] # an operation
-
-
-def _tensor(value: Any) -> fx.Node:
-    assert isinstance(value, fx.Node)
-    return value

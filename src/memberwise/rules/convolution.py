@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from memberwise._torch.tracing import tracing
 from memberwise.engine.signals import Decline
 from memberwise.rules.axis import expanded
 from memberwise.rules.folding import (
@@ -71,9 +72,10 @@ def _is_grouped(x: torch.Tensor, weight: torch.Tensor, stride: Any, transposed: 
     channel; others take 1.2 to 2.4 times as long as one call a member, unless a member's share is so small that
     the calls themselves cost the most. Measured on one thread, M = 8, forward / backward, grouped to apart: C = O
     = 8, 32 x 32: 0.56 / 0.56; 16: 0.77 / 0.88; 32: 0.97 / 0.97; 12: 1.7 / 1.6; 10 -> 20, 5 x 5: 1.7 / 1.6; 1 -> 16,
-    28 x 28: 1.7 / 0.4; with at most 600 000 products a member 0.2 to 1.1.
+    28 x 28: 1.7 / 0.4; with at most 600 000 products a member 0.2 to 1.1. A recording may have the channels last, where
+    grouped ones are as fast as others, and faster than they are here (`capture/layout.py`).
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or (tracing() and x.ndim == 5 and not transposed):
         return True
     one, other = weight.shape[1:3]
     if other == 1 or (one % 8 == 0 and other % 8 == 0):
