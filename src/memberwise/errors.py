@@ -55,6 +55,7 @@ CODES: dict[str, str] = {
     "MW504": "compile was called with arguments it cannot use",
     "MW505": "a step cannot run in the chunks of members asked for",
     "MW506": "a call for several steps has no data for each of them",
+    "MW507": "a step takes more memory for one member than it may for all",
     "MW601": "a stack deviates from what its members give alone",
     "MW602": "a stack fails where its members alone do not",
     "MW603": "a wrong argument of estimate()",

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from memberwise._torch.dispatch import DispatchMode
-from memberwise._torch.identity import is_plain, memory_key
-from memberwise._torch.pytree import tree_flatten
 from memberwise.errors import ArgumentError, fail
 from memberwise.generators import global_generators, restoring
+from memberwise.metering import Meter, in_words
 from memberwise.module import Stack
 from memberwise.outcomes import Case
 from memberwise.trees import tree_leaves
@@ -41,47 +38,9 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.members} members fit into {_size(self.available)}: "
-            f"{_size(self.per_member)} a member, {_size(self.base)} for all"
+            f"{self.members} members fit into {in_words(self.available)}: "
+            f"{in_words(self.per_member)} a member, {in_words(self.base)} for all"
         )
-
-
-class Meter(DispatchMode):
-    """Counts the memory that operations make, below members, while it lives.
-
-    Attributes:
-        most: bytes that lived at one time, of those made under it. What a kernel makes for itself is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.most = self.now = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves = _tensors((args, kwargs))
-        if not all(map(is_plain, leaves)):
-            return NotImplemented
-        given = {memory_key(leaf) for leaf in leaves}
-        out = func(*args, **(kwargs or {}))
-        for made in _tensors(out):
-            if is_plain(made) and made.layout is torch.strided and memory_key(made) not in given:
-                self._note(made)
-        return out
-
-    def _note(self, made: torch.Tensor) -> None:
-        storage, key = made.untyped_storage(), memory_key(made)
-        if key in self._known:
-            return
-        size = storage.nbytes()
-        self._known.add(key)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
 
 
 def estimate(
@@ -148,10 +107,6 @@ def _step(case: Case) -> None:
         torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
 
 
-def _tensors(values: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, torch.Tensor)]
-
-
 def _free(device: torch.device) -> int:
     """Bytes that are free on a device."""
     if device.type == "cuda":
@@ -161,11 +116,3 @@ def _free(device: torch.device) -> int:
         lines = dict(line.split(":", 1) for line in table.read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError

@@ -519,3 +519,14 @@ def test_as_a_decorator_and_as_a_method() -> None:
         assert torch.equal(first.step(torch.ones(2)), torch.full((2,), 1.0 + k))
     assert torch.equal(second.step(torch.ones(2)), torch.full((2,), 2.0))
     assert Trainer.step.__doc__ == "Doc."
+
+
+def test_a_step_from_no_file_is_followed() -> None:
+    """As `python -c` and `exec` make it: its globals are inputs and guards like those of any other."""
+    space: dict[str, object] = {"__name__": "__main__", "torch": torch, "weight": torch.ones(2), "scale": 2.0}
+    exec("def step(x):\n    return weight * x * scale", space)  # as a user would
+    captured = compile(space["step"], backend="fx")  # type: ignore[call-overload] # a function
+    for scale in (2.0, 2.0, 2.0, 5.0, 5.0):
+        space["scale"] = scale
+        assert captured(torch.ones(2)).tolist() == [scale, scale]
+    assert captured.captured.replayed == 3

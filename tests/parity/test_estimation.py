@@ -11,7 +11,7 @@ from torch import nn
 
 import memberwise
 from memberwise.errors import ArgumentError
-from memberwise.estimation import Meter
+from memberwise.metering import Meter
 from tests.parity.test_memory import CASES, ELSEWHERE, bytes_of, loss_of
 
 pytestmark = pytest.mark.skipif(ELSEWHERE, reason="the profiler counts another device's memory in another way")

@@ -8,6 +8,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 from memberwise.capture.several import several_steps
 from memberwise.capture.step import CapturedStep
+from memberwise.capture.within import Within
 from memberwise.errors import ArgumentError, fail
 
 __all__ = ["CapturedStep", "compile"]
@@ -20,17 +21,34 @@ BACKENDS = ("inductor", "fx")
 
 @overload
 def compile(
-    step: Callable[P, R], *, chunk: int | Literal["auto"] = ..., backend: str = ..., steps_per_call: int = ...
+    step: Callable[P, R],
+    *,
+    chunk: int | Literal["auto"] = ...,
+    backend: str = ...,
+    steps_per_call: int = ...,
+    max_memory: int | None = ...,
 ) -> Callable[P, R]: ...
 
 
 @overload
 def compile(
-    step: None = None, *, chunk: int | Literal["auto"] = ..., backend: str = ..., steps_per_call: int = ...
+    step: None = None,
+    *,
+    chunk: int | Literal["auto"] = ...,
+    backend: str = ...,
+    steps_per_call: int = ...,
+    max_memory: int | None = ...,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
 
-def compile(step: Any = None, *, chunk: Any = "auto", backend: str = "inductor", steps_per_call: int = 1) -> Any:
+def compile(
+    step: Any = None,
+    *,
+    chunk: Any = "auto",
+    backend: str = "inductor",
+    steps_per_call: int = 1,
+    max_memory: int | None = None,
+) -> Any:
     """Capture a training step: the same function, replayed as one compiled program from its third call on.
 
     The first call of each kind runs eagerly and is recorded: forward, backward, clipping and optimizer, below
@@ -58,13 +76,19 @@ def compile(step: Any = None, *, chunk: Any = "auto", backend: str = "inductor",
             have one dimension more, the first, with an entry a step, about so many (a last call may have fewer); what
             the steps return is stacked there. In chunks, a few members at a time go through all of them, and what they
             need stays in the processor's caches. Learning rates are those at the start of the call.
+        max_memory: bytes that a step may take at a time beside its state: activations, and the gradients of the members
+            under way. As many members as fit run through the whole step, then the next; so a stack trains whose
+            activations would not fit at once. How many do is found out before the first run, on copies of one member
+            and of two, where side effects happen as well. A step whose members depend on each other, or that leaves
+            tensors in attributes, runs all at once, and a `StackWarning` says so [MW505]. One that picks members by
+            their numbers does so in each part. (`memberwise.estimate` tells how many members fit.)
 
     Returns:
         The captured function. Its attribute `captured` is a `CapturedStep`, which knows what was recorded and why not.
 
     Raises:
         ArgumentError: (a ValueError) `step` is not callable, or another argument is wrong [MW504]; a call for several
-            steps has no data for each [MW506].
+            steps has no data for each [MW506]; one member takes more than `max_memory` [MW507].
 
     >>> import torch
     >>> weight = torch.ones(3, 2, requires_grad=True)              # M = 3
@@ -84,7 +108,9 @@ def compile(step: Any = None, *, chunk: Any = "auto", backend: str = "inductor",
     (1, 2)
     """
     if step is None:
-        return functools.partial(compile, chunk=chunk, backend=backend, steps_per_call=steps_per_call)
+        return functools.partial(
+            compile, chunk=chunk, backend=backend, steps_per_call=steps_per_call, max_memory=max_memory
+        )
     if not callable(step):
         fail(ArgumentError, "MW504", f"expected a function, found a {type(step).__name__}")
     if chunk != "auto" and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
@@ -93,8 +119,11 @@ def compile(step: Any = None, *, chunk: Any = "auto", backend: str = "inductor",
         fail(ArgumentError, "MW504", f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
     if not isinstance(steps_per_call, int) or isinstance(steps_per_call, bool) or steps_per_call < 1:
         fail(ArgumentError, "MW504", f"steps_per_call: expected a number of steps, found {steps_per_call!r}")
+    if max_memory is not None and (not isinstance(max_memory, int) or isinstance(max_memory, bool) or max_memory < 1):
+        fail(ArgumentError, "MW504", f"max_memory: expected a number of bytes, found {max_memory!r}")
     captured = CapturedStep(step, chunk, backend, steps_per_call)
-    run = captured if steps_per_call == 1 else functools.partial(several_steps, captured)
+    calls: Any = captured if max_memory is None else Within(captured, max_memory)
+    run = calls if steps_per_call == 1 else functools.partial(several_steps, calls)
 
     @functools.wraps(step, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:

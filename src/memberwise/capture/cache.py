@@ -18,6 +18,9 @@ from memberwise.capture.outline import by_regions
 from memberwise.capture.regions import Uncut
 from memberwise.capture.unfused import unfused
 
+ALIGNED = 16
+"""Bytes that a kernel on a GPU may read at once, from an address that they divide."""
+
 
 class Compiled:
     """The last `size` compiled graphs of one step."""
@@ -72,10 +75,15 @@ def _begun(graph: fx.GraphModule, inputs: Sequence[torch.Tensor], how: How) -> C
 
 def structure(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Any:
     """A value that is equal for graphs that compute the same from inputs of the same kind."""
-    kinds = [(type(t), t.shape, t.stride(), t.dtype, t.device, t.storage_offset()) for t in inputs]
+    kinds = [(type(t), t.shape, t.stride(), t.dtype, t.device, _misaligned(t)) for t in inputs]
     constants = [(name, tensor.dtype, tensor.shape, _bytes(tensor)) for name, tensor in graph.named_buffers()]
     nodes = [(node.op, str(node.target), node.name, repr(node.args), repr(node.kwargs)) for node in graph.graph.nodes]
     return repr((kinds, constants, nodes))
+
+
+def _misaligned(tensor: torch.Tensor) -> int:
+    """By how many bytes; else it does not matter where in its storage a view begins."""
+    return 0 if tensor.device.type == "cpu" else tensor.storage_offset() * tensor.element_size() % ALIGNED
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

@@ -188,7 +188,7 @@ class Chunker:
             own = [value.shape for value in part.values[: part.count]]
             is_written = [memory_key(value) in part.written for value in part.values[: part.count]]
         positions = [self._position(part, index) for index in range(part.count)]
-        sources = [Source(k, _axis(shapes[k], shape, members, size)) for k, shape in zip(positions, own, strict=True)]
+        sources = [Source(k, axis_of(shapes[k], shape, members, size)) for k, shape in zip(positions, own, strict=True)]
         if any(changed and dim is None for changed, (_, dim) in zip(is_written, sources, strict=True)):
             raise Unfit("it writes to a tensor that all members share")
         inputs = [self._first(k, dim, size) for k, dim in sources]
@@ -209,7 +209,7 @@ class Chunker:
         if len(part.outputs) != len(self.whole.outputs):
             raise Unfit("it has other results for fewer members")
         pairs = list(zip(self.whole.outputs, part.outputs, strict=True))
-        axes = [_axis(like.shape, own.shape, members, size) for like, own in pairs]
+        axes = [axis_of(like.shape, own.shape, members, size) for like, own in pairs]
         if None in axes:
             raise Unfit("it returns or keeps a value that is not one a member")
         return [Result(like, axis) for (like, _), axis in zip(pairs, axes, strict=True) if axis is not None]
@@ -297,7 +297,7 @@ def _largest(tensor: torch.Tensor) -> torch.Tensor:
     return rows.abs().nan_to_num(0.0, 0.0, 0.0).amax(1)
 
 
-def _axis(all_of: Sequence[int], few: Sequence[int], members: int, size: int) -> int | None:
+def axis_of(all_of: Sequence[int], few: Sequence[int], members: int, size: int) -> int | None:
     """The dimension in which two shapes differ as M and `size` do; None if they do not differ."""
     if tuple(all_of) == tuple(few):
         return None

@@ -1,8 +1,8 @@
-"""An excerpt: for a while, tensors hold some members only, as copies. The objects stay, so a step finds them."""
+"""An excerpt: for a while, tensors hold some members only. The objects stay, so a step finds them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -39,9 +39,20 @@ class _Facts:
 
 
 class Excerpt:
-    """A context in which each tensor, and its gradient, is a copy, of its first `size` members where it has members.
+    """A context in which each tensor, and its gradient, is a copy, of `size` members where it has members.
 
     Everything is as before when it ends: values, gradients, what stands in `places`, random streams.
+
+    Args:
+        stacked: the tensors.
+        size: how many members.
+        leaves: tensors whose gradients are cut as well.
+        places: what is put back.
+        generators: streams that are put back.
+        stacks, optimizers: what is told how many members there are.
+        start: the first member.
+        streams: the members' random streams, by stack, of a former excerpt of the same members.
+        copies: whether there are copies. Else there are views, and what is written to them stays.
     """
 
     def __init__(
@@ -53,9 +64,17 @@ class Excerpt:
         places: Sequence[Place],
         generators: Sequence[torch.Generator],
         stacks: Sequence[Slots],
+        optimizers: Iterable[Any] = (),
+        start: int = 0,
+        streams: dict[Slots, Any] | None = None,
+        copies: bool = True,
     ) -> None:
         self.stacked = stacked
+        self.start = start
         self.size = size
+        self.copies = copies
+        self.streams = {} if streams is None else streams
+        self.optimizers = [(optimizer, optimizer.members) for optimizer in optimizers]
         self.data = [entry.tensor.data for entry in stacked]
         self.grads = [(leaf, leaf.grad) for leaf in leaves]
         self.kept = [(place, place.read()) for place in places]
@@ -67,19 +86,24 @@ class Excerpt:
         for leaf, _ in self.grads:
             leaf.grad = None
         for entry in self.stacked:
-            _hold(entry.tensor, self._first(entry.tensor.data, entry.dim))
+            _hold(entry.tensor, self._part(entry.tensor.data, entry.dim))
         for facts in self.stacks:
             slots = facts.slots
             slots.members = self.size
-            slots.generators = slots.generators and slots.generators[: self.size]
+            if slots not in self.streams:
+                self.streams[slots] = slots.generators and slots.generators[self.start : self.start + self.size]
+            slots.generators = self.streams[slots]
+        for optimizer, _ in self.optimizers:
+            optimizer.members = self.size
         for leaf, grad in self.grads:
             if grad is not None:
-                leaf.grad = self._first(grad.detach(), dims.get(id(leaf)))
+                leaf.grad = self._part(grad.detach(), dims.get(id(leaf)))
         return self
 
-    def _first(self, tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
-        """A copy of the first members, in the memory order of the view that a replay will hand over."""
-        return copied(tensor if dim is None else tensor.narrow(dim, 0, self.size))
+    def _part(self, tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
+        """The members' part, as a copy in the memory order of the view that a replay will hand over."""
+        part = tensor if dim is None else tensor.narrow(dim, self.start, self.size)
+        return copied(part) if self.copies else part
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -92,6 +116,8 @@ class Excerpt:
             leaf.grad = grad
         for facts in self.stacks:
             facts.restore()
+        for optimizer, members in self.optimizers:
+            optimizer.members = members
         for place, value in self.kept:
             place.write(value)
         for generator, state in self.states:

@@ -114,6 +114,10 @@ class Reach:
         self._watched = 0
         self._walk()
 
+    def objects(self) -> list[Any]:
+        """What was met beside plain values and tensors."""
+        return list(self._seen.values())
+
     def _walk(self) -> None:
         while self.refusal is None:
             if not self._pending:
@@ -212,7 +216,9 @@ class Reach:
         self._entries(vars(value), list(vars(value)), label, sized=True)
         defaults = (value.__defaults__, value.__kwdefaults__)
         self._pending.extend((label, held, None) for held in defaults if held)
-        if not is_library(value.__code__.co_filename):
+        file = value.__code__.co_filename
+        of_library = is_library_value(value) if file == "<string>" else is_library(file)  # `python -c` has no file
+        if not of_library:
             self._globals(value)
 
     def _globals(self, function: types.FunctionType) -> None:

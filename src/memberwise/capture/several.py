@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from memberwise.capture.step import CapturedStep
+from memberwise.capture.within import Within
 from memberwise.errors import ArgumentError, fail
 from memberwise.trees import Each, tree_leaves, tree_map, tree_transpose_map
 
 
-def several_steps(captured: CapturedStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def several_steps(captured: CapturedStep | Within, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a step for each entry of the arguments' first dimension; what they return, stacked there."""
     return tree_transpose_map(_together, captured.several(steps_of(args, kwargs)))
 

@@ -44,6 +44,9 @@ class CapturedStep(Unfollowed):
         refusals: why recordings were refused, in order.
         recorded, replayed: how many calls were recorded, and how many replayed.
         plans: for each program compiled, how many members run at once, and why.
+        eager: whether it runs eagerly for good.
+        in_parts: whether members come a part at a time. Then state lies elsewhere in each call, and what cannot be
+            compiled runs as it was recorded, since the step as it is may know only all of them.
     """
 
     def __init__(
@@ -60,12 +63,13 @@ class CapturedStep(Unfollowed):
         self._compiled = Compiled(KEPT, backend)
         self._refused_in_a_row = 0
         self._recorded_in_a_row = 0
-        self._eager = False
+        self.eager = False
+        self.in_parts = False
         self._warned: set[str] = set()
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the step: by a recording that stands for this call, else eagerly."""
-        if self._stands_aside():
+        if self.stands_aside():
             return self.step(*args, **kwargs)
         arguments = Arguments(args, kwargs)
         found = self._matching(arguments)
@@ -74,9 +78,16 @@ class CapturedStep(Unfollowed):
         self._note_missed(arguments)
         return self._record(arguments, args, kwargs)
 
+    def of_a_part(self) -> CapturedStep:
+        """The same step for a part of the members; what is compiled serves all parts."""
+        own = CapturedStep(self.step, self.chunk, self._compiled.backend)
+        own.in_parts = True
+        own.plans, own.refusals, own._compiled, own._warned = self.plans, self.refusals, self._compiled, self._warned
+        return own
+
     def several(self, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
         """As many calls, one after the other: by a recording that stands for all of them, else each by itself."""
-        found = None if len(calls) < 2 or self._stands_aside() else self._matching(Arguments(*calls[0]))
+        found = None if len(calls) < 2 or self.stands_aside() else self._matching(Arguments(*calls[0]))
         if found is None or found[0].run is None or not found[0].repeats:
             return [self(*call) for call in calls]
         program, values = found
@@ -97,14 +108,15 @@ class CapturedStep(Unfollowed):
                 return program, values
         return None
 
-    def _stands_aside(self) -> bool:
-        return self._eager or bool(mode_depth()) or functorch_active() or torch.compiler.is_compiling()
+    def stands_aside(self) -> bool:
+        """Whether the step runs as it is: given up, or inside of something that looks at its operations."""
+        return self.eager or bool(mode_depth()) or functorch_active() or torch.compiler.is_compiling()
 
     def _replay(self, program: Program, values: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
         if program.run is None and not program.eager:
             with compiling():
                 self._compile(program, values, args, kwargs)
-        if program.eager or self._eager:
+        if program.eager or self.eager:
             return self.step(*args, **kwargs)
         self.replayed += 1
         self._recorded_in_a_row = 0
@@ -116,19 +128,22 @@ class CapturedStep(Unfollowed):
             if self._compiled.backend == "inductor" and all(value.device.type == "cpu" for value in values):
                 program.memory = pool_of(self)
             run = self._planned(program, values, args, kwargs)
-            program.run = graphed(run, values[: program.count])
+            program.run = run if self.in_parts else graphed(run, values[: program.count])
         except Exception as error:  # whatever the compiler cannot do, the step can
+            if self.in_parts:
+                program.run = program.graph.forward
+                return
             missing = compiler_missing() if self._compiled.backend == "inductor" else ""
             if missing:
-                self._eager = True
+                self.eager = True
                 what = f"the step runs eagerly, as no C++ compiler was found to compile it with: {missing}"
-                self._warn("MW502", what, "Install g++ or clang++, or name a compiler in the variable CXX")
+                self.warn_once("MW502", what, "Install g++ or clang++, or name a compiler in the variable CXX")
                 return
             program.eager = True
             lines = str(error).strip().splitlines()  # an assertion says nothing
             refusal = Refusal("not-compiled", ": ".join([type(error).__name__, *lines[:1]]))
             self.refusals.append(refusal)
-            self._warn("MW501", f"the step runs eagerly: {refusal.sentence()}", refusal.advice())
+            self.warn_once("MW501", f"the step runs eagerly: {refusal.sentence()}", refusal.advice())
 
     def _planned(self, program: Program, values: list[torch.Tensor], args: Any, kwargs: Any) -> Run:
         """Choose how many members run at once, and compile it so."""
@@ -148,25 +163,25 @@ class CapturedStep(Unfollowed):
                 return chunks
             except Unfit as reason:
                 self.plans.append(f"all at once: {reason}")
-                self._warn("MW505", f"all members of the step run at once: in chunks, {reason}", "Leave chunk out")
+                self.warn_once("MW505", f"all members of the step run at once: in chunks, {reason}", "Leave chunk out")
         return planner.at_once()
 
     def _record(self, arguments: Arguments, args: Any, kwargs: Any) -> Any:
         """Run the step eagerly, watched; keep what was recorded if it can be replayed."""
         try:
-            before = self._before(arguments)
+            before = self.before(arguments)
         except Refused as refused:
             self._refuse(refused.refusal)
             return self.step(*args, **kwargs)
         self.recorded += 1
-        program, out = self._watched(before, args, kwargs)
+        program, out = self.watched(before, args, kwargs)
         if isinstance(program, Refusal):
             self._refuse(program)
             return out  # with its graph: the caller may need it
         self._keep(program)
         return tree_map(_detached, out)
 
-    def _watched(self, before: Before, args: Any, kwargs: Any) -> tuple[Program | Refusal, Any]:
+    def watched(self, before: Before, args: Any, kwargs: Any) -> tuple[Program | Refusal, Any]:
         """Run the step once under a recorder; the program, or why there is none, and what the step returned."""
         reach = before.reach
         recorder = Recorder(reach.generators, (*reach.places, *map(id, before.arguments.tensors)))
@@ -184,7 +199,7 @@ class CapturedStep(Unfollowed):
         except Exception as error:  # the step has run; it must not fail for being watched
             return Refusal("internal", repr(error)), out
 
-    def _before(self, arguments: Arguments) -> Before:
+    def before(self, arguments: Arguments) -> Before:
         """What there is to know before the step runs; raises `Refused`."""
         roots = [("step", self.step), *((type(x).__name__, x) for x in arguments.objects)]
         try:
@@ -198,7 +213,7 @@ class CapturedStep(Unfollowed):
 
     def _recorded(self, args: Any, kwargs: Any) -> Program:
         """A recording of the step as it is now; raises `Refused`."""
-        program, _ = self._watched(self._before(Arguments(args, kwargs)), args, kwargs)
+        program, _ = self.watched(self.before(Arguments(args, kwargs)), args, kwargs)
         if isinstance(program, Refusal):
             raise Refused(*program)
         return program
@@ -213,18 +228,19 @@ class CapturedStep(Unfollowed):
         """Note a refusal, and warn, once it is clear that it will not pass by itself."""
         self.refusals.append(refusal)
         self._refused_in_a_row += 1
-        self._eager = self._refused_in_a_row >= PATIENCE
-        if self._eager or refusal.reason != "python-state":  # state that is made in the first call only is common
-            self._warn("MW501", f"the step runs eagerly: {refusal.sentence()}", refusal.advice())
+        self.eager = self._refused_in_a_row >= PATIENCE
+        if self.eager or refusal.reason != "python-state":  # state that is made in the first call only is common
+            self.warn_once("MW501", f"the step runs eagerly: {refusal.sentence()}", refusal.advice())
 
     def _note_missed(self, arguments: Arguments) -> None:
         """Warn of a step whose recordings are never used again."""
         if self._recorded_in_a_row >= KEPT:
             self._recorded_in_a_row = 0
             what = f"the step was recorded {KEPT} times in a row; the last time because"
-            self._warn("MW503", f"{what} {self.programs[0].mismatch(arguments)}", "Make what changes a tensor")
+            self.warn_once("MW503", f"{what} {self.programs[0].mismatch(arguments)}", "Make what changes a tensor")
 
-    def _warn(self, code: str, what: str, do: str) -> None:
+    def warn_once(self, code: str, what: str, do: str) -> None:
+        """Warn, unless it was said before."""
         if what not in self._warned:
             self._warned.add(what)
             warn(code, what, do)

@@ -133,7 +133,7 @@ class SteppingOptimizer(Optimizer):
         return {Alike(*key): rows for key, rows in buckets.items()}
 
     def _row(self, param: torch.Tensor, grad: torch.Tensor, kept: tuple[str, ...], traced: bool) -> Row:
-        state = self.state[param]
+        state = self.state[param] if kept else {}
         if kept and kept[-1] not in state:
             if traced:
                 fail(EngineError, "MW406", "expected an optimizer whose state is made, found none", do=_CAPTURE)

@@ -1,0 +1,67 @@
+"""How much memory operations take: counted while they run, and in words."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from memberwise._torch.dispatch import DispatchMode
+from memberwise._torch.identity import is_plain, memory_key
+from memberwise._torch.pytree import tree_flatten
+
+
+class Meter(DispatchMode):
+    """Counts the memory that operations make, below members, while it lives.
+
+    Attributes:
+        most: bytes that lived at one time, of those made under it. What a kernel makes for itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self.now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = _tensors((args, kwargs))
+        if not all(map(is_plain, leaves)):
+            return NotImplemented
+        given = {memory_key(leaf) for leaf in leaves}
+        out = func(*args, **(kwargs or {}))
+        for made in _tensors(out):
+            if is_plain(made) and made.layout is torch.strided and memory_key(made) not in given:
+                self._note(made)
+        return out
+
+    def _note(self, made: torch.Tensor) -> None:
+        storage, key = made.untyped_storage(), memory_key(made)
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def in_words(count: float) -> str:
+    """Bytes.
+
+    >>> in_words(3 * 2**20)
+    '3.0 MiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
