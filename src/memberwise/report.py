@@ -51,10 +51,13 @@ class Explanation:
     Attributes:
         rows: one for each operation and path, the costliest first.
         seconds: of the whole run, forward and backward; what no row accounts for is Python and autograd.
+        plans: of a compiled step, for each of its programs, how its members run, and what was measured to choose so;
+            or why it is not replayed.
     """
 
     rows: list[Row]
     seconds: float
+    plans: tuple[str, ...] = ()
 
     @property
     def slow(self) -> list[Row]:
@@ -73,7 +76,7 @@ class Explanation:
             [row.op, row.phase, row.path, str(row.count), f"{1e3 * row.seconds:.3f}", f"{row.share:.1%}", row.reason]
             for row in self.rows
         )
-        return render(title, columns, cells)
+        return "\n".join([render(title, columns, cells), *(f"plan: {plan}" for plan in self.plans)])
 
     __repr__ = __str__
 
@@ -89,7 +92,8 @@ def explain(stack_or_fn: Stack | Group | Callable[..., Any], *inputs: Any, **kwa
 
     Args:
         stack_or_fn: a `Stack`, a `Group`, or a function that runs members: `vmap(loss_fn, (0, None, None))`, a training
-            step.
+            step. Of one made by `memberwise.compile`, which runs no operations one by one once it is replayed, its
+            plans are told.
         inputs, kwargs: what it is called with.
 
     >>> import memberwise
@@ -126,7 +130,15 @@ def _observed(func: Callable[..., Any], args: Any, kwargs: Any) -> Explanation:
         Row(entry.op, phase, entry.path, entry.reason, entry.count, entry.seconds, entry.seconds / total)
         for phase, entry in found
     ]
-    return Explanation(sorted(rows, key=lambda row: -row.seconds), seconds)
+    return Explanation(sorted(rows, key=lambda row: -row.seconds), seconds, _plans(func))
+
+
+def _plans(func: Any) -> tuple[str, ...]:
+    """What a compiled step has come to know of itself."""
+    captured = getattr(func, "captured", None)
+    if captured is None:
+        return ()
+    return *captured.plans, *(f"not replayed: {refusal.sentence()}" for refusal in captured.refusals)
 
 
 def _backward(out: Any) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 import memberwise
 from memberwise import each, explain
+from memberwise.errors import StackWarning
 from memberwise.report import Explanation
 from tests.parity.stacks import Net, backward, inputs, nets
 
@@ -172,3 +173,23 @@ def test_rich_is_loaded_only_to_print() -> None:
         "assert not {'triton', 'optuna', 'torch._dynamo'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_compiled_step_tells_its_plan() -> None:
+    members = memberwise.build(lambda: nn.Linear(3, 2), seeds=range(4))
+    step = memberwise.compile(lambda x: members(x).square().mean((1, 2)).detach(), chunk=2, backend="fx")
+    x = torch.ones(5, 3)
+    assert memberwise.explain(step, x).plans == ()
+    for _ in range(2):
+        report = memberwise.explain(step, x)
+    assert report.plans == ("2 at a time, as told",)
+    assert str(report).endswith("plan: 2 at a time, as told")
+    assert report.to_dict()["plans"] == report.plans
+
+
+def test_a_compiled_step_tells_why_it_is_not_replayed() -> None:
+    members = memberwise.build(lambda: nn.Linear(3, 2), seeds=range(4))
+    step = memberwise.compile(lambda x: members(x).sum().item(), backend="fx")
+    with pytest.warns(StackWarning, match="MW501"):
+        report = memberwise.explain(step, torch.ones(5, 3))
+    assert report.plans[0].startswith("not replayed: ")
