@@ -48,7 +48,7 @@ def _images(kind: str) -> tuple[memberwise.Stack[nn.Module], Any]:
     return stack, step
 
 
-def _recorded(function: Any, *shapes: tuple[int, ...]) -> tuple[fx.GraphModule, list[torch.Tensor]]:
+def recorded(function: Any, *shapes: tuple[int, ...]) -> tuple[fx.GraphModule, list[torch.Tensor]]:
     """What it does to such tensors, operation by operation, with the kinds that the recorder notes."""
     inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     module = make_fx(function)(*inputs)
@@ -84,7 +84,7 @@ STEPS: dict[str, tuple[Any, list[tuple[int, ...]], int]] = {
 @pytest.mark.parametrize("name", STEPS)
 def test_fewer_views_compute_the_same(name: str) -> None:
     function, shapes, left = STEPS[name]
-    module, inputs = _recorded(function, *shapes)
+    module, inputs = recorded(function, *shapes)
     rewritten = with_fewer_views(module, inputs)
     own, others = [x.clone() for x in inputs], [x.clone() for x in inputs]
     expected, found = module(*own), rewritten(*others)
@@ -108,7 +108,7 @@ COPIED: dict[str, tuple[Any, int]] = {
 @pytest.mark.parametrize("name", COPIED)
 def test_copies_stay_where_they_tell_two_tensors_apart(name: str) -> None:
     function, left = COPIED[name]
-    module, inputs = _recorded(function, (4, 6), (4, 6))
+    module, inputs = recorded(function, (4, 6), (4, 6))
     rewritten = with_fewer_views(module, inputs, copies=True)
     own, others = [x.clone() for x in inputs], [x.clone() for x in inputs]
     expected, found = module(*own), rewritten(*others)
