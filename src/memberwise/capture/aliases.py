@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
 from memberwise.engine.operation import describe, written_among
@@ -57,7 +58,7 @@ class Aliases:
         facts = describe(node.target)
         if facts.moves_in_place or facts.swaps_memory:
             raise Unclear(f"{node.target} gives a tensor another shape in place")
-        if facts.is_view:
+        if facts.is_view or node.target is torch.ops.aten._unsafe_view.default:  # which does not say so
             self._base[node] = self._base[tensor_at(node.args[0])]
         else:
             self._note_returned(node, node, 0)

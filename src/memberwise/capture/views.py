@@ -92,7 +92,7 @@ class _Rewriting:
         for node in list(self.graph.nodes):
             if node.op == "call_function" and node in self.shapes and node not in self.written:
                 self._view(node) or self._elementwise(node)
-            if node.target is _aten.view.default and node not in self.written:
+            if node.target in (_aten.view.default, _aten._unsafe_view.default) and node not in self.written:
                 node.target = _aten.reshape.default  # what it is a view of may lie in another order now
         self.graph.eliminate_dead_code(lambda node: node.op != "call_function" or bool(written(node)))
 
