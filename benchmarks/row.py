@@ -68,7 +68,10 @@ class Request:
 
 @dataclass
 class Started:
-    """A rival after its start and check: `running`, or the reason why it does not run."""
+    """A rival after its start and check: `running`, or the reason why it does not run.
+
+    `proven` says that it was right in float64.
+    """
 
     rival: Rival
     running: Running | None = None
@@ -76,6 +79,7 @@ class Started:
     why: str = ""
     start_s: float | None = None
     checked: str = ""
+    proven: bool = False
     memory_bytes: int | None = None
     kernels: int | None = None
     group: int = 0
@@ -219,19 +223,21 @@ def start(each: Started, request: Request, check: Check) -> list[str]:
         each.status, each.why = "cannot", reason(error)
         return []
     each.start_s, each.running = round(time.perf_counter() - begin, 2), running
-    wrong = compared(found, each.rival, check) if check.of(each.rival) else []
+    wrong = compared(found, each, check) if check.of(each.rival) else []
     if check.of(each.rival):
         each.checked = check.said
+        each.proven = each.proven or (check.dtype is torch.float64 and not wrong)
     if memory is not None and not wrong:
         count(each, request, check, memory, found)
     return wrong
 
 
-def compared(found: verify.Trajectory, rival: Rival, check: Check) -> list[str]:
-    expected, exact = ((each.first() if rival.alone else each) for each in (check.expected, check.exact))
+def compared(found: verify.Trajectory, each: Started, check: Check) -> list[str]:
+    rival = each.rival
+    expected, exact = ((one.first() if rival.alone else one) for one in (check.expected, check.exact))
     if check.dtype is torch.float64:
         return verify.exactly(found, expected)
-    return verify.in_norm(found, expected, exact, ours=rival.ours)
+    return verify.in_norm(found, expected, exact, ours=rival.ours, proven=each.proven)
 
 
 def count(each: Started, request: Request, check: Check, memory: costs.Memory, found: verify.Trajectory) -> None:

@@ -250,6 +250,9 @@ def test_another_library_may_lose_to_rounding_in_one_member_what_the_loop_loses_
     assert verify.in_norm(of(1.015, 1.0), loop, exact) != []
     assert verify.in_norm(of(1.015, 1.0), loop, exact, ours=False) == []
     assert verify.in_norm(of(1.025, 1.0), loop, exact, ours=False) != []
+    assert verify.in_norm(of(1.07, 1.0), loop, exact, ours=False, proven=True) == []
+    assert verify.in_norm(of(1.09, 1.0), loop, exact, ours=False, proven=True) != []
+    assert verify.in_norm(of(1.07, 1.0), loop, exact, ours=True, proven=True) != []
 
 
 def test_a_state_with_other_names_or_shapes_is_wrong(tiny: Case) -> None:
