@@ -11,7 +11,7 @@ import torch
 
 from memberwise.errors import ArgumentError, fail
 from memberwise.generators import global_generators, restoring
-from memberwise.metering import Meter, in_words
+from memberwise.metering import Meter, in_words, shares
 from memberwise.module import Stack
 from memberwise.outcomes import Case
 from memberwise.trees import tree_leaves
@@ -83,9 +83,8 @@ def estimate(
         if value is not None and value < 0:
             fail(ArgumentError, "MW603", f"{name}: expected 0 or more, found {value}")
     case = Case(stack, inputs, loss_fn)
-    taken = {count: _taken(case, count, optimizer_copies) for count in (FEW, MORE)}
-    per_member = max((taken[MORE] - taken[FEW]) // (MORE - FEW), 1)
-    base = max(taken[FEW] - FEW * per_member, 0)
+    taken = _taken(case, FEW, optimizer_copies), _taken(case, MORE, optimizer_copies)
+    per_member, base = shares(FEW, MORE, taken)
     available = _free(next(stack.parameters(), torch.empty(0)).device) if memory is None else memory
     return Estimate(max((available - base) // per_member, 0), per_member, base, available)
 

@@ -54,6 +54,16 @@ def _tensors(values: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, torch.Tensor)]
 
 
+def shares(few: int, more: int, taken: tuple[int, int]) -> tuple[int, int]:
+    """Bytes for each member, and for all together, of what so many members took.
+
+    >>> shares(1, 2, (50, 90))
+    (40, 10)
+    """
+    per_member = max((taken[1] - taken[0]) // (more - few), 1)
+    return per_member, max(taken[0] - few * per_member, 0)
+
+
 def in_words(count: float) -> str:
     """Bytes.
 

@@ -92,10 +92,6 @@ def test_what_changes_on_the_way_counts() -> None:
     twins.call(x)
 
 
-class Loop(SimpleNamespace):
-    """Gradients over several calls, data of each member, and a prediction."""
-
-
 def _accumulating() -> SimpleNamespace:
     stack = build(lambda: nn.Linear(3, 2), seeds=range(4), dtype=torch.float64)
     opt = optim.SGD(stack.parameters(), lr=0.1)
@@ -144,6 +140,19 @@ def test_members_that_are_not_apart_run_at_once(name: str) -> None:
         for _ in range(3):
             twins.call(torch.randn(5, 3, dtype=torch.float64))
     assert not twins.captured.plans
+
+
+def test_a_step_that_no_recording_can_stand_on_runs_at_once() -> None:
+    """It reaches an iterator, which is refused before the step is rehearsed."""
+
+    def make() -> SimpleNamespace:
+        stack, scales = build(lambda: nn.Linear(3, 2), seeds=range(4), dtype=torch.float64), iter([1.0, 2.0, 3.0])
+        return SimpleNamespace(step=lambda x: (stack(x) * next(scales)).detach(), stack=stack)
+
+    twins = twins_in_parts(make, 2)
+    with pytest.warns(StackWarning, match=r"whatever memory that takes.*MW505"):
+        for _ in range(3):
+            twins.call(torch.randn(5, 3, dtype=torch.float64))
 
 
 def test_a_member_that_does_not_fit_is_told_before_anything_runs() -> None:

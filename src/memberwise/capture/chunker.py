@@ -21,7 +21,7 @@ from torch import fx
 from memberwise._torch.identity import memory_key
 from memberwise._torch.inductor import How
 from memberwise.capture.chunks import Chunks, Result, Run, Source
-from memberwise.capture.excerpt import Excerpt, Stacked
+from memberwise.capture.excerpt import Excerpt, Stacked, guesses
 from memberwise.capture.into import writing_into
 from memberwise.capture.layout import laid_out
 from memberwise.capture.program import Program, copied
@@ -30,8 +30,8 @@ from memberwise.capture.widened import wide, wide_type, widened
 from memberwise.engine.choices import taking
 from memberwise.testing.tolerance import tolerance
 
-NOISE = {torch.float64: 1000}
-"""How many times as much as after a nudge of all inputs in their last bit the results of chunks may differ: 10, but in
+NOISE, NOISE_IN_DOUBLE = 10, 1000
+"""How many times as much as after a nudge of all inputs in their last bit the results of chunks may differ: more in
 float64, where what members do to each other is larger than that by far. (Gradients that cancel out are nothing but
 rounding, and another kernel rounds in other places.)"""
 
@@ -144,7 +144,8 @@ class Chunker:
         if len({slots.size() for slots in self.whole.stacks}) > 1:
             raise Unfit("the stacks have different numbers of members")
         reasons = []
-        for stacked in self._guesses():
+        known = (*map(Stacked, self.whole.stacked), *self.marked)
+        for stacked in guesses(known, self._inputs(), members):
             try:
                 with taking(**dict([way.split(" ", 1)] if way else [])):
                     parts = [self._recorded(stacked, few, members) for few in (size, members % size) if few]
@@ -154,16 +155,6 @@ class Chunker:
             except Unfit as reason:
                 reasons.append(str(reason))
         raise Unfit(reasons[0])
-
-    def _guesses(self) -> list[list[Stacked]]:
-        """What may have a member axis: the state and what `each()` marks; or else all that is of that size."""
-        known = {id(entry.tensor): entry for entry in (*map(Stacked, self.whole.stacked), *self.marked)}
-        others = [
-            Stacked(value) for value in self._inputs()
-            if value.ndim and value.shape[0] == self.whole.members and id(value) not in known
-            and not getattr(value, "_memberwise_shared", False)
-        ]  # fmt: skip
-        return [[*known.values()], [*known.values(), *others]] if others else [[*known.values()]]
 
     def _inputs(self) -> list[torch.Tensor]:
         """The graph's inputs that are neither drawn nor gradients."""
@@ -287,7 +278,8 @@ def _agree(ours: torch.Tensor, theirs: torch.Tensor, other: torch.Tensor) -> boo
     if not torch.equal(ours.isfinite(), theirs.isfinite()):
         return False
     difference, noise, scale = map(_largest, (ours - theirs, other - theirs, theirs))
-    allowed = torch.maximum(tolerance(theirs.dtype)[0] * scale, NOISE.get(theirs.dtype, 10) * noise)
+    times = NOISE_IN_DOUBLE if theirs.dtype is torch.float64 else NOISE
+    allowed = torch.maximum(tolerance(theirs.dtype)[0] * scale, times * noise)
     return bool((difference <= allowed).all())
 
 

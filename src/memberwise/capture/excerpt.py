@@ -20,6 +20,18 @@ class Stacked(NamedTuple):
     dim: int | None = 0
 
 
+def guesses(known: Iterable[Stacked], tensors: Iterable[torch.Tensor], members: int) -> list[list[Stacked]]:
+    """What may have a member axis: what is known to have one; or else all that is of that size as well."""
+    entries = {id(entry.tensor): entry for entry in known}  # an optimizer's parameters are the stack's
+    others = [
+        Stacked(value) for value in tensors
+        if value.ndim and value.shape[0] == members and id(value) not in entries
+        and not getattr(value, "_memberwise_shared", False)
+    ]  # fmt: skip
+    stacked = [*entries.values()]
+    return [stacked, [*stacked, *others]] if others else [stacked]
+
+
 class _Facts:
     """What a run for fewer members may change of a stack."""
 

@@ -32,8 +32,6 @@ _aten = torch.ops.aten
 _IMAGES = {_aten.convolution.default: (0,), _aten.convolution_backward.default: (0, 1)}
 """Convolutions -> which arguments are images."""
 
-_VIEWS = {_aten.view.default, _aten._unsafe_view.default}
-
 Inputs = Callable[[], list[torch.Tensor]]
 
 
@@ -47,8 +45,10 @@ def laid_out(
         inputs: makes copies of what it is called with.
         results: what it shall return, if that matters.
     """
+    if all(node.target not in _IMAGES for node in module.graph.nodes):
+        return module, False
     given = inputs()
-    if not _calls(module, given) or any(value.device.type != "cpu" for value in given):
+    if any(value.device.type != "cpu" for value in given):
         return module, False
     path = kept_at(("memory order", structure(module, given), torch.get_num_threads())).with_suffix(".json")
     last = get(path, lambda known: bool(known["last"]))
@@ -107,8 +107,6 @@ class _Relaying:
         for k in _IMAGES.get(target, ()):
             image = tensor_at(node.args[k])
             other[image] = self._with_channels_last(image)
-        if target in _VIEWS and not _can_view(self.values[tensor_at(node.args[0])], node.args[1]):
-            other[tensor_at(node.args[0])] = self._copied(tensor_at(node.args[0]), torch.contiguous_format)
         self.new[node] = self.graph.node_copy(node, lambda one: other[one][0] if one in other else self.new[one])
         args, kwargs = fx.map_arg(
             (node.args, node.kwargs), lambda one: other[one][1] if one in other else self.values[one]
@@ -138,14 +136,6 @@ class _Relaying:
         if copy.stride() != self._results[index].stride:
             raise ValueError("a result lies in an order of its own")
         return made
-
-
-def _can_view(value: torch.Tensor, shape: Any) -> bool:
-    try:
-        value.view(shape)
-    except RuntimeError:
-        return False
-    return True
 
 
 def channels_last_is_faster(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> bool:

@@ -1,6 +1,7 @@
 """A step rehearsed with one member, and with two: what memory a member takes, and where members are in its results.
 
 On copies, before the step has run at all, as all members may be too many for the memory that there is. Whether members
+are apart from each other is not proved but tried, as for chunks: the first alone does what it does beside the second.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import torch
 
 from memberwise._torch.identity import memory_key
 from memberwise.capture.arguments import Arguments
-from memberwise.capture.assembly import Before
+from memberwise.capture.assembly import Before, Refused
 from memberwise.capture.chunker import Unfit, axis_of
 from memberwise.capture.excerpt import Excerpt, Stacked
 from memberwise.capture.program import Output, Program
 from memberwise.capture.reach import Reach
 from memberwise.capture.refusals import Refusal
 from memberwise.capture.step import CapturedStep
-from memberwise.metering import Meter
+from memberwise.metering import Meter, shares
 from memberwise.trees import tree_leaves
 
 ALIKE = 0.05
@@ -52,7 +53,7 @@ class Rehearsal:
 
 @dataclass(eq=False)
 class Rehearsals:
-    """A step with one and with two members. Raises `Unfit` if it cannot run for a part of its members.
+    """A step with one and with two members. Raises `Unfit`, or `Refused`, if it cannot run for a part of its members.
 
     Attributes:
         per_member, base: bytes that a step takes for each member, and for all together.
@@ -68,10 +69,10 @@ class Rehearsals:
         if any(slots.apart or slots.differs for slots in self.before.reach.stacks):
             raise Unfit("members are in different modes, or differ outside their tensors")
         self._known = {id(entry.tensor) for entry in self.stacked}
+        self._shared = [tensor for tensor in self.before.tensors if id(tensor) not in self._known]
         self._common = common_streams(self.before.reach)
         one, two = self._run(1), self._run(2)
-        self.per_member = max(two.bytes - one.bytes, 1)
-        self.base = max(one.bytes - self.per_member, 0)
+        self.per_member, self.base = shares(1, 2, (one.bytes, two.bytes))
         self.axes = self._axes(one.program, two.program)
         if not all(map(torch.equal, one.streams, two.streams)):
             raise Unfit("members draw from one random stream, one after the other: give each its own by seeds")
@@ -79,9 +80,9 @@ class Rehearsals:
         self._check_apart(one, two)
 
     def _run(self, size: int) -> Rehearsal:
-        kinds = torch.optim.Optimizer
-        made = [value.state for value in self.before.reach.objects() if isinstance(value, kinds)]
-        tables = [(state, dict(state), [(own, dict(own)) for own in state.values()]) for state in made]
+        optimizers = [one for one in self.before.reach.objects() if isinstance(one, torch.optim.Optimizer)]
+        states = [one.state for one in optimizers]
+        tables = [(state, dict(state), [(own, dict(own)) for own in state.values()]) for state in states]
         try:
             return self._run_on_copies(size)
         finally:
@@ -93,7 +94,7 @@ class Rehearsals:
 
     def _run_on_copies(self, size: int) -> Rehearsal:
         captured, before, (args, kwargs) = self.captured, self.before, self.call
-        shared = [Stacked(tensor, None) for tensor in before.tensors if id(tensor) not in self._known]
+        shared = [Stacked(tensor, None) for tensor in self._shared]
         reach = before.reach
         outside: dict[str, Any] = dict(leaves=before.leaves, stacks=reach.stacks, optimizers=reach.optimizers)
         generators = [torch.default_generator, *reach.generators]
@@ -107,7 +108,7 @@ class Rehearsals:
             except Exception as error:  # a step may index members, or need all of them
                 raise Unfit(f"it cannot run for {size}: {error}") from error
             if isinstance(program, Refusal):
-                raise Unfit(program.sentence())
+                raise Refused(*program)
             tensors = [leaf.detach().clone() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
             gradients = [None if leaf.grad is None else leaf.grad.detach().clone() for leaf in before.leaves]
             state = [entry.tensor.detach().clone() for entry in self.stacked]
@@ -135,16 +136,13 @@ class Rehearsals:
 
     def _check_shared(self, two: Rehearsal) -> None:
         """Nothing that members share may be written, as each part would write it."""
-        program = two.program
+        program, shared = two.program, set(map(id, self._shared))
         for value in program.values[: program.count]:
-            if memory_key(value) in program.written and any(value is tensor for tensor in self._shared()):
+            if id(value) in shared and memory_key(value) in program.written:
                 raise Unfit(f"it writes to a tensor of shape {tuple(value.shape)} that all members share")
         for leaf, gradient in zip(self.before.leaves, two.gradients, strict=True):
             if gradient is not None and id(leaf) not in self._known:
                 raise Unfit(f"it leaves a gradient of shape {tuple(leaf.shape)} that all members share")
-
-    def _shared(self) -> list[torch.Tensor]:
-        return [tensor for tensor in self.before.tensors if id(tensor) not in self._known]
 
     def _check_apart(self, one: Rehearsal, two: Rehearsal) -> None:
         """Raise `Unfit` unless the first member is the same in both."""

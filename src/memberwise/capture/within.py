@@ -17,7 +17,7 @@ import torch
 from memberwise.capture.arguments import Arguments
 from memberwise.capture.assembly import Before, Refused
 from memberwise.capture.chunker import Unfit
-from memberwise.capture.excerpt import Excerpt, Stacked
+from memberwise.capture.excerpt import Excerpt, Stacked, guesses
 from memberwise.capture.guards import Guards
 from memberwise.capture.reach import Reach, Unfollowed
 from memberwise.capture.rehearsal import Rehearsals, common_streams
@@ -100,7 +100,9 @@ class Within(Unfollowed):
         parting = next((one for one in self.partings if one.stands_for(arguments)), None)
         if parting is None:
             parting = self._found(Arguments(args, kwargs), args, kwargs)  # which forgets them
-        return self._in_parts(parting, arguments, args, kwargs) if parting.parts else captured(args, kwargs)
+        if parting is None or not parting.parts:
+            return captured(args, kwargs)
+        return self._in_parts(parting, arguments, args, kwargs)
 
     def several(self, calls: Any) -> list[Any]:
         """As many calls, one after the other."""
@@ -108,41 +110,42 @@ class Within(Unfollowed):
 
     # -- how many fit
 
-    def _found(self, arguments: Arguments, args: Any, kwargs: Any) -> Parting:
-        """Rehearse the step."""
+    def _found(self, arguments: Arguments, args: Any, kwargs: Any) -> Parting | None:
+        """Rehearse the step. None: it runs as it is now, and the next call may be another matter."""
         captured = self.captured
         try:
-            parting = self._rehearsed(captured.before(arguments), (args, kwargs))
+            before = captured.before(arguments)
+        except Refused as refused:
+            self._warn(refused)
+            return None
+        try:
+            parting = self._rehearsed(before, (args, kwargs))
         except (Unfit, Refused) as reason:
-            why = reason.refusal.sentence() if isinstance(reason, Refused) else str(reason)
-            what = f"all members of the step run at once, whatever memory that takes: {why}"
-            captured.warn_once("MW505", what, "Leave max_memory out")
+            self._warn(reason)
+            if isinstance(reason, Refused) and reason.refusal.reason == "python-state":
+                return None  # state that is made in the first call is common
             parting = Parting.of(captured.before(arguments))
-            if isinstance(reason, Refused) or "Python state" in why:  # state that is made in the first call is common
-                return parting
         parting.arguments.forget()
         self.partings.insert(0, parting)
         del self.partings[KEPT:]
         return parting
+
+    def _warn(self, reason: Unfit | Refused) -> None:
+        why = reason.refusal.sentence() if isinstance(reason, Refused) else str(reason)
+        what = f"all members of the step run at once, whatever memory that takes: {why}"
+        self.captured.warn_once("MW505", what, "Leave max_memory out")
 
     def _rehearsed(self, before: Before, call: tuple[Any, Any]) -> Parting:
         sizes = {tensor.shape[0] for tensor in before.reach.stacked}
         if len(sizes) != 1:
             raise Unfit("no stack is within its reach, or stacks with different numbers of members are")
         (members,) = sizes
-        found = (*map(Stacked, before.reach.stacked), *(Stacked(*entry) for entry in before.arguments.marked))
-        ids = {id(entry.tensor): entry for entry in found}  # an optimizer's parameters are the stack's
-        known = [*ids.values()]
-        others = [
-            Stacked(tensor) for tensor in before.tensors
-            if tensor.ndim and tensor.shape[0] == members and id(tensor) not in ids
-            and not getattr(tensor, "_memberwise_shared", False)
-        ]  # fmt: skip
-        reasons = []
-        for stacked in [known, [*known, *others]] if others else [known]:
+        known = (*map(Stacked, before.reach.stacked), *(Stacked(*entry) for entry in before.arguments.marked))
+        reasons: list[Unfit | Refused] = []
+        for stacked in guesses(known, before.tensors, members):
             try:
                 return self._fitting(members, stacked, Rehearsals(self.captured, before, stacked, call))
-            except Unfit as reason:
+            except (Unfit, Refused) as reason:
                 reasons.append(reason)
         raise reasons[0]
 
