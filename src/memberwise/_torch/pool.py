@@ -59,15 +59,15 @@ struct Pool final : c10::Allocator {
 
     Block take(size_t size) {
         std::lock_guard<std::mutex> held(lock);
+        const bool large = size >= LARGE;
+        const size_t unit = large ? PAGE : 4096;
+        size = (size + unit - 1) / unit * unit;  // before looking: what was taken for it is of that size
         auto found = spare.lower_bound(size);
         if (found != spare.end() && found->first - size <= size / 8 + LEAST) {
             Block block = found->second;
             spare.erase(found);
             return taken[block.data] = block;
         }
-        const bool large = size >= LARGE;
-        const size_t unit = large ? PAGE : 4096;
-        size = (size + unit - 1) / unit * unit;
         void* data = nullptr;
         if (posix_memalign(&data, large ? PAGE : 64, size) != 0) return {nullptr, 0, 0};
 #ifdef MADV_HUGEPAGE
