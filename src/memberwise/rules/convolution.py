@@ -70,18 +70,24 @@ def _is_grouped(x: torch.Tensor, weight: torch.Tensor, stride: Any, transposed: 
 
     Off the CPU always. On the CPU oneDNN has fast grouped kernels for whole blocks of 8 channels, and for one
     channel; others take 1.2 to 2.4 times as long as one call a member, unless a member's share is so small that
-    the calls themselves cost the most. Measured on one thread, M = 8, forward / backward, grouped to apart: C = O
-    = 8, 32 x 32: 0.56 / 0.56; 16: 0.77 / 0.88; 32: 0.97 / 0.97; 12: 1.7 / 1.6; 10 -> 20, 5 x 5: 1.7 / 1.6; 1 -> 16,
-    28 x 28: 1.7 / 0.4; with at most 600 000 products a member 0.2 to 1.1. A recording may have the channels last, where
-    grouped ones are as fast as others, and faster than they are here (`capture/layout.py`).
+    the calls themselves cost the most. What a grouped call of whole blocks saves are calls; of large ones it takes
+    longer than they do. A recording may have the channels last, where grouped ones are as fast as others, and faster
+    than they are here (`capture/layout.py`).
+
+    Measured on an EPYC (Zen 5), one thread and two, M = 3 and 8, forward / backward, grouped to apart: C = O = 8 to
+    32, 3 x 3, at most 80 million products a member: 0.2 to 0.9 / 0.2 to 1.0; 64 to 256, 300 million products and more:
+    0.9 to 1.4 / 1.0 to 1.4; 512, 4 x 4: 2.1 / 1.8; one channel a group (64, 32 x 32): 1.0 / 0.8. Not in whole blocks
+    (12; 10 -> 20, 5 x 5): 1.7 / 1.6.
     """
     if x.device.type != "cpu" or (tracing() and x.ndim == 5 and not transposed):
         return True
     one, other = weight.shape[1:3]
-    if other == 1 or (one % 8 == 0 and other % 8 == 0):
+    if other == 1:
         return True
     positions = math.prod(x.shape[3:]) // (1 if transposed else math.prod(stride))
-    return x.shape[1] * positions * math.prod(weight.shape[1:]) <= 600_000
+    products = x.shape[1] * positions * math.prod(weight.shape[1:])
+    in_blocks = one % 8 == 0 and other % 8 == 0
+    return products <= (200_000_000 if in_blocks else 600_000)
 
 
 def _by_member(x: torch.Tensor, weight: torch.Tensor, bias: Any, b_dim: Any, where: Any, groups: int) -> torch.Tensor:
