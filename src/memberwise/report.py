@@ -138,7 +138,8 @@ def _plans(func: Any) -> tuple[str, ...]:
     captured = getattr(func, "captured", None)
     if captured is None:
         return ()
-    return *captured.plans, *(f"not replayed: {refusal.sentence()}" for refusal in captured.refusals)
+    said = "a recording was refused" if captured.replayed else "not replayed"
+    return *captured.plans, *(f"{said}: {refusal.sentence()}" for refusal in captured.refusals)
 
 
 def _backward(out: Any) -> None:

@@ -193,3 +193,19 @@ def test_a_compiled_step_tells_why_it_is_not_replayed() -> None:
     with pytest.warns(StackWarning, match="MW501"):
         report = memberwise.explain(step, torch.ones(5, 3))
     assert report.plans[0].startswith("not replayed: ")
+
+
+def test_a_compiled_step_whose_first_call_made_state_tells_that_it_is_replayed() -> None:
+    members = memberwise.build(lambda: nn.Linear(3, 2), seeds=range(4))
+    state: dict[str, torch.Tensor] = {}
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        total = state.setdefault("total", torch.zeros(()))
+        return members(x).sum().detach() + total
+
+    captured = memberwise.compile(step, backend="fx")
+    for _ in range(4):
+        captured(torch.ones(5, 3))
+    assert captured.captured.replayed and captured.captured.refusals  # type: ignore[attr-defined]
+    plans = memberwise.explain(captured, torch.ones(5, 3)).plans
+    assert plans and all(plan.startswith("a recording was refused: ") for plan in plans)
