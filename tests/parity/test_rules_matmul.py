@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from memberwise.rules.matmul import is_narrow
+import memberwise
+from memberwise.rules import matmul
+from memberwise.rules.matmul import batched, batched_plus, is_narrow, left_over
 from tests.parity.rule_case import RuleCase, case, of
 
 _aten = torch.ops.aten
@@ -47,3 +52,55 @@ def test_narrow_results_are_those_that_were_measured() -> None:
     assert not is_narrow(256, 16, like) and not is_narrow(64, 33, like) and not is_narrow(32, 12, like)
     assert not is_narrow(256, 1, like), "one column is a vector"
     assert not is_narrow(256, 10, like.bfloat16()), "not MKL's"
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels may use two threads, and no product is too small to share them."""
+    monkeypatch.setattr(matmul, "SHARED", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_members_are_left_over_where_cores_would_wait(two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = torch.ones(5, 8, 4), torch.ones(5, 4, 6)
+    assert left_over(a, b) == 1
+    assert left_over(a[:1], b[:1]) == 1 and left_over(a[:4], b[:4]) == 0
+    assert left_over(a.bfloat16(), b.bfloat16()) == 0, "not MKL's"
+    assert left_over(a, b[:, :3]) == 0, "torch says what is wrong with them"
+    assert torch.func.vmap(lambda _: torch.tensor(left_over(a, b)))(torch.ones(2)).tolist() == [0, 0]
+    monkeypatch.setattr(matmul, "SHARED", 8 * 4 * 6 // 2)
+    assert left_over(a, b) == 1
+    monkeypatch.setattr(matmul, "SHARED", 8 * 4 * 6 // 2 + 1)
+    assert left_over(a, b) == 0, "too small to share"
+
+
+@pytest.mark.parametrize("members", [1, 2, 3, 5])
+@pytest.mark.parametrize("bias", [None, (), (6,), (8, 6), (0, 1, 6), (0, 8, 1), (0, 8, 6)], ids=str)
+def test_products_of_members_left_over(members: int, bias: tuple[int, ...] | None, two_cores: None) -> None:
+    generator = torch.Generator().manual_seed(members)
+
+    def made(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    a, b = made(members, 8, 4), made(members, 6, 4).transpose(1, 2)
+    if bias is None:
+        torch.testing.assert_close(batched(a, b), a @ b)
+        return
+    added = made(*(members if size == 0 else size for size in bias))
+    torch.testing.assert_close(batched_plus(added, a, b), added + a @ b)
+    scaled = batched_plus(added, a, b, beta=0.5, alpha=2)
+    torch.testing.assert_close(scaled, 0.5 * added + 2 * (a @ b))
+    nothing = batched_plus(added * torch.nan, a, b, beta=0)
+    torch.testing.assert_close(nothing, a @ b)
+
+
+def test_training_with_members_left_over(two_cores: None) -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+
+    stack = memberwise.build(model, seeds=range(3))
+    memberwise.verify(stack, torch.randn(8, 6, dtype=torch.float64))
+    memberwise.verify(stack, memberwise.each(torch.randn(3, 8, 6, dtype=torch.float64)))

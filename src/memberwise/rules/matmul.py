@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from memberwise._torch.dispatch import functorch_active
+from memberwise._torch.tracing import tracing
 from memberwise.engine.signals import Decline
 from memberwise.rules.axis import expanded, lift
 from memberwise.rules.registry import LONE_CONTIGUOUS, register_rule
@@ -22,13 +24,49 @@ def is_narrow(rows: int, columns: int, like: torch.Tensor) -> bool:
     and turned: 256 x 10 (inner size 256) 409, 87; 256 x 23 355, 167; 256 x 33 292, 210; 64 x 10 (64) 25, 7; 64 x 23
     22, 13; and where it does not pay: 64 x 33 19, 15 (with a copy 22); 256 x 16 141, 110; 32 x 12 8, 10.
 
-    Measured too, and not found: a size at which one product a member beats the batched one. From 32 x 32 to 1024 x
-    1024, M from 2 to 256, one thread and two, `bmm` took 0.3 to 1.05 times as long as that many `mm`; a shared side,
-    expanded, is as fast as one wide product of it, whose result the next operation would have to copy.
+    Measured too, and not found: a size at which one product a member beats the batched one, where each core has as
+    many members (`left_over`). From 32 x 32 to 1024 x 1024, M even, from 2 to 256, one thread and two, `bmm` took 0.3
+    to 1.05 times as long as that many `mm`; a shared side, expanded, is as fast as one wide product of it, whose result
+    the next operation would have to copy.
     """
     if columns < 2 or columns % 16 == 0 or rows < columns * (3 if columns < 16 else 8):
         return False
+    return _is_librarys(like)
+
+
+def _is_librarys(like: torch.Tensor) -> bool:
     return like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64)
+
+
+SHARED = 1_000_000
+"""Products of a member, for each core, from which on all cores work on one member faster than one core does."""
+
+
+def left_over(a: torch.Tensor, b: torch.Tensor) -> int:
+    """How many of the last members run one by one, each on all cores; the others in one batched product.
+
+    MKL gives whole members to cores, so with M = 5 on two cores one of them idles for a sixth of the time: 5 x (1024,
+    256) @ (256, 1024) 15.2 ms, 13.0 one by one; M = 3 10.3, 7.9. A recording keeps one product: chunks serve there.
+    """
+    work = a.shape[1] * a.shape[2] * b.shape[2]
+    if work < 2 * SHARED or not _is_librarys(a):
+        return 0
+    cores = torch.get_num_threads()
+    rest = a.shape[0] % cores
+    if not rest or work < cores * SHARED or not type(a) is type(b) is torch.Tensor or a.shape[2] != b.shape[1]:
+        return 0
+    return 0 if tracing() or functorch_active() else rest
+
+
+def _apart(rest: int, many: Any, one: Any, *operands: torch.Tensor, **scales: float) -> torch.Tensor:
+    """`many` of the first members, `one` of each of the last `rest`; the last two operands are the factors."""
+    *_, a, b = operands
+    members, out = a.shape[0], a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    full = members - rest
+    many(*[each[:full] for each in operands], **scales, out=out[:full])
+    for k in range(full, members):
+        one(*[each[k] for each in operands], **scales, out=out[k])
+    return out
 
 
 def batched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -37,7 +75,10 @@ def batched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a * b
     if is_narrow(a.shape[1], b.shape[2], a):
         return torch.bmm(b.transpose(1, 2), a.transpose(1, 2)).transpose(1, 2)
-    return torch.bmm(a, b)
+    rest = left_over(a, b)
+    if not rest:
+        return torch.bmm(a, b)
+    return _apart(rest, torch.bmm, torch.mm, a, b)
 
 
 def batched_plus(
@@ -48,7 +89,11 @@ def batched_plus(
         bias = bias if bias.ndim == 0 else bias.unsqueeze(-1) if bias.ndim == 1 else bias.transpose(-1, -2)
         out = torch.baddbmm(bias, b.transpose(1, 2), a.transpose(1, 2), beta=beta, alpha=alpha)
         return out.transpose(1, 2)
-    return torch.baddbmm(bias, a, b, beta=beta, alpha=alpha)
+    rest = left_over(a, b)
+    if not rest:
+        return torch.baddbmm(bias, a, b, beta=beta, alpha=alpha)
+    held = bias.expand(a.shape[0], a.shape[1], b.shape[2])
+    return _apart(rest, torch.baddbmm, torch.addmm, held, a, b, beta=beta, alpha=alpha)
 
 
 def _sparse(*factors: torch.Tensor) -> Decline | None:
