@@ -104,3 +104,13 @@ def test_training_with_members_left_over(two_cores: None) -> None:
     stack = memberwise.build(model, seeds=range(3))
     memberwise.verify(stack, torch.randn(8, 6, dtype=torch.float64))
     memberwise.verify(stack, memberwise.each(torch.randn(3, 8, 6, dtype=torch.float64)))
+    x = torch.randn(8, 6, dtype=torch.float64)
+    for i, own in enumerate(_second_gradients(stack, x)):
+        for k, member in enumerate(stack.unstack()):
+            torch.testing.assert_close(own[k], _second_gradients(member, x)[i])
+
+
+def _second_gradients(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    params = [*model.parameters()]
+    slopes = torch.autograd.grad(model(x).square().sum(), params, create_graph=True)
+    return torch.autograd.grad(sum(slope.square().sum() for slope in slopes), params)

@@ -42,7 +42,7 @@ SHARED = 1_000_000
 """Products of a member, for each core, from which on all cores work on one member faster than one core does."""
 
 
-def left_over(a: torch.Tensor, b: torch.Tensor) -> int:
+def left_over(a: torch.Tensor, b: torch.Tensor, *added: torch.Tensor) -> int:
     """How many of the last members run one by one, each on all cores; the others in one batched product.
 
     MKL gives whole members to cores, so with M = 5 on two cores one of them idles for a sixth of the time: 5 x (1024,
@@ -53,9 +53,11 @@ def left_over(a: torch.Tensor, b: torch.Tensor) -> int:
         return 0
     cores = torch.get_num_threads()
     rest = a.shape[0] % cores
-    if not rest or work < cores * SHARED or not type(a) is type(b) is torch.Tensor or a.shape[2] != b.shape[1]:
+    if not rest or work < cores * SHARED or a.shape[2] != b.shape[1] or tracing() or functorch_active():
         return 0
-    return 0 if tracing() or functorch_active() else rest
+    given = a, b, *added
+    followed = torch.is_grad_enabled() and any(each.requires_grad for each in given)  # in a backward of a backward
+    return 0 if followed or any(type(each) is not torch.Tensor for each in given) else rest
 
 
 def _apart(rest: int, many: Any, one: Any, *operands: torch.Tensor, **scales: float) -> torch.Tensor:
@@ -89,7 +91,7 @@ def batched_plus(
         bias = bias if bias.ndim == 0 else bias.unsqueeze(-1) if bias.ndim == 1 else bias.transpose(-1, -2)
         out = torch.baddbmm(bias, b.transpose(1, 2), a.transpose(1, 2), beta=beta, alpha=alpha)
         return out.transpose(1, 2)
-    rest = left_over(a, b)
+    rest = left_over(a, b, bias)
     if not rest:
         return torch.baddbmm(bias, a, b, beta=beta, alpha=alpha)
     held = bias.expand(a.shape[0], a.shape[1], b.shape[2])
