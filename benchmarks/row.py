@@ -103,6 +103,12 @@ class Check:
         """Whether a rival beside a later group has been through this one already."""
         return each.group > 0 and not self.last and (each.rival.ours or each.rival.alone)
 
+    @property
+    def can_be_decided(self) -> bool:
+        """Whether float64 can tell a wrong training from rounding: the loop ran in it, with the same random numbers."""
+        narrow = self.dtype is not torch.float64 and self.case.precision is None
+        return narrow and self.exact.losses.dtype is torch.float64 and self.case.still is None
+
     def of(self, rival: Rival) -> bool:
         """Whether this rival's training can be compared: its random numbers are the loop's, or there are none."""
         return self.case.still is None or rival.draws_alone
@@ -224,6 +230,8 @@ def start(each: Started, request: Request, check: Check) -> list[str]:
         return []
     each.start_s, each.running = round(time.perf_counter() - begin, 2), running
     wrong = compared(found, each, check) if check.of(each.rival) else []
+    if wrong and each.rival.ours and check.can_be_decided:
+        wrong = wrong_in_float64(each.rival, request, check)
     if check.of(each.rival):
         each.checked = check.said
         each.proven = each.proven or (check.dtype is torch.float64 and not wrong)
@@ -238,6 +246,17 @@ def compared(found: verify.Trajectory, each: Started, check: Check) -> list[str]
     if check.dtype is torch.float64:
         return verify.exactly(found, expected)
     return verify.in_norm(found, expected, exact, ours=rival.ours, proven=each.proven)
+
+
+def wrong_in_float64(rival: Rival, request: Request, check: Check) -> list[str]:
+    """What is wrong in float64, every element of every member.
+
+    Among a thousand networks with kinks some have an activation so close to one that a last bit of float32 sends it to
+    the other side, and their gradient is another by more than what rounding alone costs them.
+    """
+    models = [model.to(request.device, torch.float64) for model in check.case.models(check.members)]
+    found = verify.of_running(rival.start(check.case, models), [_to(batch, torch.float64) for batch in check.batches])
+    return verify.exactly(found, check.exact)
 
 
 def count(each: Started, request: Request, check: Check, memory: costs.Memory, found: verify.Trajectory) -> None:

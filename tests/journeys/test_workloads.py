@@ -50,6 +50,7 @@ def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y)
 
 
+DTYPES = {torch.float32, torch.float64}
 TRAINS = Case("tiny", "tiny", Tiny, batch, loss, members=(M,), workload="W0", recipe=SGD, rows=40)
 DRAWS = replace(TRAINS, model=lambda: Tiny(0.5), still=Tiny, shared=False)
 PREDICTS = replace(TRAINS, batch=inputs, loss=lambda model, x: model(x), trains=False, rows=None)
@@ -117,6 +118,30 @@ def test_a_wrong_rival_has_a_line_and_no_figure(put: Callable[[Case], None], mon
     assert workloads.wrong_in(document["rows"]) == [f"tiny-3, wrong: {figure['why']}"]
     document["rows"][0]["figures"][1]["family"] = "another's"
     assert workloads.wrong_in(document["rows"]) == []
+
+
+@pytest.mark.parametrize(("off_in", "status"), [({torch.float32}, "timed"), (DTYPES, "wrong")], ids=["float32", "both"])
+def test_float64_decides_where_ours_differs_in_float32(
+    off_in: set[torch.dtype], status: str, put: Callable[[Case], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A last bit sends an activation to the other side of a kink; what is wrong in float64 is wrong."""
+    put(TRAINS)
+
+    def off(case: Case, models: list[nn.Module]) -> Running:
+        sound = RIVALS["loop"].start(case, models)
+
+        def state() -> dict[str, torch.Tensor]:
+            found = sound.state()
+            return {name: value + 1e-3 if value.dtype in off_in else value for name, value in found.items()}
+
+        return Running(sound.step, state)
+
+    monkeypatch.setitem(RIVALS, "off", Rival("off", "memberwise", "", off))
+    (_, figure) = row.measure(ask("loop", "off", exact=False))["figures"]
+    assert figure["status"] == status, figure["why"]
+    monkeypatch.setitem(RIVALS, "off", Rival("off", "another's", "", off))
+    (_, figure) = row.measure(ask("loop", "off", exact=False))["figures"]
+    assert figure["status"] == "wrong", "a rival's bound is what the loop's worst member loses"
 
 
 def test_a_stack_that_draws_as_no_member_would_is_wrong(
