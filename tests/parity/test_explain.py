@@ -206,6 +206,6 @@ def test_a_compiled_step_whose_first_call_made_state_tells_that_it_is_replayed()
     captured = memberwise.compile(step, backend="fx")
     for _ in range(4):
         captured(torch.ones(5, 3))
-    assert captured.captured.replayed and captured.captured.refusals  # type: ignore[attr-defined]
+    assert captured.captured.replayed and captured.captured.refusals  # type: ignore[attr-defined] # set on the function
     plans = memberwise.explain(captured, torch.ones(5, 3)).plans
     assert plans and all(plan.startswith("a recording was refused: ") for plan in plans)
