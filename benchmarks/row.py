@@ -5,6 +5,7 @@ What a row comes to is a dict as `schema.ROW` describes (`schema.WORKLOAD` with 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
 import time
@@ -98,6 +99,8 @@ class Check:
     members: int
     said: str
     last: bool
+    wrong_in_float64: dict[str, list[str]] = field(default_factory=dict)
+    """Of ours that had to be looked at there, by name: they run beside each group."""
 
     def again(self, each: Started) -> bool:
         """Whether a rival beside a later group has been through this one already."""
@@ -106,8 +109,7 @@ class Check:
     @property
     def can_be_decided(self) -> bool:
         """Whether float64 can tell a wrong training from rounding: the loop ran in it, with the same random numbers."""
-        narrow = self.dtype is not torch.float64 and self.case.precision is None
-        return narrow and self.exact.losses.dtype is torch.float64 and self.case.still is None
+        return self.dtype is not torch.float64 and self.case.precision is None and self.case.still is None
 
     def of(self, rival: Rival) -> bool:
         """Whether this rival's training can be compared: its random numbers are the loop's, or there are none."""
@@ -213,12 +215,7 @@ def start(each: Started, request: Request, check: Check) -> list[str]:
     memory = costs.Memory(request.device) if request.costs and check.last else None
     begin = time.perf_counter()
     try:
-        with limits.at_most(request.start_s), warnings.catch_warnings():
-            warnings.filterwarnings("error", _EAGERLY, StackWarning)
-            models = [model.to(request.device, check.dtype) for model in check.case.models(check.members)]
-            running = each.rival.start(check.case, models)
-            del models
-            found = verify.of_running(running, check.batches)
+        running, found = trained(each.rival, request, check, check.dtype)
     except limits.OutOfTime:
         each.status, each.why = "cut", f"its start took more than {request.start_s:g} s"
         return []
@@ -231,13 +228,24 @@ def start(each: Started, request: Request, check: Check) -> list[str]:
     each.start_s, each.running = round(time.perf_counter() - begin, 2), running
     wrong = compared(found, each, check) if check.of(each.rival) else []
     if wrong and each.rival.ours and check.can_be_decided:
-        wrong = wrong_in_float64(each.rival, request, check)
+        with contextlib.suppress(limits.OutOfTime, StackWarning):  # undecided it stays
+            wrong = decided(each.rival, request, check)
     if check.of(each.rival):
         each.checked = check.said
         each.proven = each.proven or (check.dtype is torch.float64 and not wrong)
     if memory is not None and not wrong:
         count(each, request, check, memory, found)
     return wrong
+
+
+def trained(rival: Rival, request: Request, check: Check, dtype: torch.dtype) -> tuple[Running, verify.Trajectory]:
+    """The rival, started, and what the steps of the check left."""
+    with limits.at_most(request.start_s), warnings.catch_warnings():
+        warnings.filterwarnings("error", _EAGERLY, StackWarning)
+        models = [model.to(request.device, dtype) for model in check.case.models(check.members)]
+        running = rival.start(check.case, models)
+        del models
+        return running, verify.of_running(running, [_to(batch, dtype) for batch in check.batches])
 
 
 def compared(found: verify.Trajectory, each: Started, check: Check) -> list[str]:
@@ -248,15 +256,16 @@ def compared(found: verify.Trajectory, each: Started, check: Check) -> list[str]
     return verify.in_norm(found, expected, exact, ours=rival.ours, proven=each.proven)
 
 
-def wrong_in_float64(rival: Rival, request: Request, check: Check) -> list[str]:
+def decided(rival: Rival, request: Request, check: Check) -> list[str]:
     """What is wrong in float64, every element of every member.
 
     Among a thousand networks with kinks some have an activation so close to one that a last bit of float32 sends it to
     the other side, and their gradient is another by more than what rounding alone costs them.
     """
-    models = [model.to(request.device, torch.float64) for model in check.case.models(check.members)]
-    found = verify.of_running(rival.start(check.case, models), [_to(batch, torch.float64) for batch in check.batches])
-    return verify.exactly(found, check.exact)
+    if rival.name not in check.wrong_in_float64:
+        _, found = trained(rival, request, check, torch.float64)
+        check.wrong_in_float64[rival.name] = verify.exactly(found, check.exact)
+    return check.wrong_in_float64[rival.name]
 
 
 def count(each: Started, request: Request, check: Check, memory: costs.Memory, found: verify.Trajectory) -> None:

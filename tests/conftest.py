@@ -44,6 +44,15 @@ def pytest_configure() -> None:
         plans.force(PLAN)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Torch may use two cores, as when nothing was said."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """Every test draws from the same state of the global generators, whatever ran before it."""

@@ -180,19 +180,14 @@ def test_what_a_graph_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known["layout_optimization"] is True and known["cpp.threads"] == -1  # there, and as they are by default
 
 
-def test_a_team_runs_python_on_the_threads_of_kernels() -> None:
+def test_a_team_runs_python_on_the_threads_of_kernels(two_threads: None) -> None:
     """Breaks: chunks on separate cores compete with kernels' own threads, or wait for threads that are not there."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        torch.ones(1 << 20).add_(1)  # the kernels' threads have started
-        found: dict[int, tuple[int, int]] = {}
-        openmp.in_team(lambda k: found.update({k: (threading.get_ident(), torch.get_num_threads())}), 4, 2)
-        assert found[0] == found[2] == (threading.get_ident(), 1)
-        assert found[1] == found[3] and found[1][0] != found[0][0] and found[1][1] == 1
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    torch.ones(1 << 20).add_(1)  # the kernels' threads have started
+    found: dict[int, tuple[int, int]] = {}
+    openmp.in_team(lambda k: found.update({k: (threading.get_ident(), torch.get_num_threads())}), 4, 2)
+    assert found[0] == found[2] == (threading.get_ident(), 1)
+    assert found[1] == found[3] and found[1][0] != found[0][0] and found[1][1] == 1
+    assert torch.get_num_threads() == 2
 
 
 def test_a_graph_that_was_begun_is_built_aside() -> None:

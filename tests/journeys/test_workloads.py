@@ -126,8 +126,10 @@ def test_float64_decides_where_ours_differs_in_float32(
 ) -> None:
     """A last bit sends an activation to the other side of a kink; what is wrong in float64 is wrong."""
     put(TRAINS)
+    started: list[torch.dtype] = []
 
     def off(case: Case, models: list[nn.Module]) -> Running:
+        started.append(next(models[0].parameters()).dtype)
         sound = RIVALS["loop"].start(case, models)
 
         def state() -> dict[str, torch.Tensor]:
@@ -139,6 +141,9 @@ def test_float64_decides_where_ours_differs_in_float32(
     monkeypatch.setitem(RIVALS, "off", Rival("off", "memberwise", "", off))
     (_, figure) = row.measure(ask("loop", "off", exact=False))["figures"]
     assert figure["status"] == status, figure["why"]
+    assert started == [torch.float32, torch.float64]
+    row.measure(ask("loop", "loop-fused", "off", exact=False, memory_gib=0.0))
+    assert started[2:] == [torch.float32, torch.float64, torch.float32], "beside the second group it is known"
     monkeypatch.setitem(RIVALS, "off", Rival("off", "another's", "", off))
     (_, figure) = row.measure(ask("loop", "off", exact=False))["figures"]
     assert figure["status"] == "wrong", "a rival's bound is what the loop's worst member loses"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,6 @@ from memberwise.capture.program import Like
 from tests.parity.test_capture import INPUTS, training
 from tests.parity.test_capture_chunks import Clock, as_if_compiled
 from tests.parity.twins import assert_same
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """Torch may use two cores, as when nothing was said."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def _everywhere(work: Any, lanes: int = 2) -> list[Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
@@ -55,13 +53,9 @@ def test_narrow_results_are_those_that_were_measured() -> None:
 
 
 @pytest.fixture
-def two_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Kernels may use two threads, and no product is too small to share them."""
+def two_cores(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No product is too small for two threads to share it."""
     monkeypatch.setattr(matmul, "SHARED", 0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_members_are_left_over_where_cores_would_wait(two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,9 +99,9 @@ def test_training_with_members_left_over(two_cores: None) -> None:
     memberwise.verify(stack, torch.randn(8, 6, dtype=torch.float64))
     memberwise.verify(stack, memberwise.each(torch.randn(3, 8, 6, dtype=torch.float64)))
     x = torch.randn(8, 6, dtype=torch.float64)
-    for i, own in enumerate(_second_gradients(stack, x)):
-        for k, member in enumerate(stack.unstack()):
-            torch.testing.assert_close(own[k], _second_gradients(member, x)[i])
+    stacked = _second_gradients(stack, x)
+    for k, member in enumerate(stack.unstack()):
+        torch.testing.assert_close(tuple(own[k] for own in stacked), _second_gradients(member, x))
 
 
 def _second_gradients(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

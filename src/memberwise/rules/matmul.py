@@ -48,12 +48,11 @@ def left_over(a: torch.Tensor, b: torch.Tensor, *added: torch.Tensor) -> int:
     MKL gives whole members to cores, so with M = 5 on two cores one of them idles for a sixth of the time: 5 x (1024,
     256) @ (256, 1024) 15.2 ms, 13.0 one by one; M = 3 10.3, 7.9. A recording keeps one product: chunks serve there.
     """
-    work = a.shape[1] * a.shape[2] * b.shape[2]
-    if work < 2 * SHARED or not _is_librarys(a):
-        return 0
     cores = torch.get_num_threads()
     rest = a.shape[0] % cores
-    if not rest or work < cores * SHARED or a.shape[2] != b.shape[1] or tracing() or functorch_active():
+    if not rest or a.shape[1] * a.shape[2] * b.shape[2] < cores * SHARED or a.shape[2] != b.shape[1]:
+        return 0
+    if not _is_librarys(a) or tracing() or functorch_active():
         return 0
     given = a, b, *added
     followed = torch.is_grad_enabled() and any(each.requires_grad for each in given)  # in a backward of a backward
