@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -12,8 +13,8 @@ STEPS = """
 import resource
 import torch, memberwise
 torch.set_num_threads(1)
-x = torch.randn(8, 1 << 15)
-def step():  # eight temporaries of a megabyte, alive together
+x = torch.randn(8, COUNT)
+def step():  # eight temporaries, alive together
     memberwise.vmap(lambda own: sum([own + 1 for _ in range(8)]))(x)
 for _ in range(20):
     step()
@@ -24,16 +25,40 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20)
 """
 
 
-def faults_of_a_step(before: str = "") -> float:
-    """Fresh pages that a step of a stack of 8 asks for, when it has run for a while."""
-    run = subprocess.run(
-        [sys.executable, "-c", before + STEPS], capture_output=True, text=True, check=True, timeout=100
-    )
+def faults_of_a_step(mb: int, before: str = "", **environment: str) -> float:
+    """Fresh pages that a step of a stack of 8 asks for whose results have so many MB, when it has run for a while."""
+    program = before + STEPS.replace("COUNT", str(mb << 15))
+    environment = {**os.environ, **environment}
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100, env=environment)
     return float(run.stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators decide otherwise what they give back")
-def test_a_step_finds_the_memory_of_the_last() -> None:
-    given_back = faults_of_a_step("import memberwise.engine.memory as memory\nmemory._done = True\n")
+AS_IT_WAS = "import memberwise.engine.memory as memory\nmemory._done = True\n"
+AS_GLIBC_CAN_BY_ITSELF = "import memberwise.engine.memory as memory\nmemory._raised = lambda: False\n"
+LIBC, VERSION = platform.libc_ver()
+on_glibc = pytest.mark.skipif(LIBC != "glibc", reason="other allocators decide otherwise what they give back")
+raised = pytest.mark.skipif(
+    LIBC != "glibc" or tuple(map(int, VERSION.split("."))) < (2, 35), reason="glibc takes no higher threshold"
+)
+
+
+@on_glibc
+@pytest.mark.parametrize("how", ["", AS_GLIBC_CAN_BY_ITSELF], ids=["raised", "by itself"])
+def test_a_step_finds_the_memory_of_the_last(how: str) -> None:
+    given_back = faults_of_a_step(1, AS_IT_WAS)
     assert given_back > 100, "the system keeps it by itself: engine/memory.py has no use"
-    assert faults_of_a_step() < given_back / 10
+    assert faults_of_a_step(1, how) < given_back / 10
+
+
+@raised
+def test_blocks_larger_than_glibc_keeps_by_itself_stay_too() -> None:
+    given_back = faults_of_a_step(40, AS_GLIBC_CAN_BY_ITSELF)
+    assert given_back > 1000, "the system keeps it by itself: mallopt has no use"
+    assert faults_of_a_step(40) < given_back / 10
+
+
+@raised
+def test_a_threshold_that_was_set_from_outside_stays() -> None:
+    assert faults_of_a_step(40, MALLOC_MMAP_THRESHOLD_="1048576") > 1000
+    assert faults_of_a_step(40, GLIBC_TUNABLES="glibc.malloc.mmap_threshold=1048576") > 1000

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from memberwise._torch.tracing import tracing
 from memberwise.engine.signals import Decline
 from memberwise.rules.axis import aligned, expanded, shifted
 from memberwise.rules.registry import register_rule
@@ -120,12 +121,60 @@ def unfold_backward(info: Any, in_dims: Any, grad: torch.Tensor, sizes: Any, dim
     return _aten.unfold_backward.default(grad, [info.batch_size, *sizes], shifted(dim, len(sizes)), size, step), 0
 
 
+_MANY_ROWS = 4000
+"""Rows from which on the kernels along a first dimension are worth a call a member."""
+
+
+def _in_turn(x: torch.Tensor, dim: int, index: torch.Tensor) -> bool:
+    """Whether members read or add their rows one after the other: along a first dimension torch's kernels on the CPU
+    are faster than along another. 10 members, 60,000 rows of 64 each: 6.1 ms to read and 15 to add, and 8.1 and 26.
+    """
+    return dim == 1 and index.shape[-1:].numel() >= _MANY_ROWS and x.device.type == "cpu" and not tracing()
+
+
 @register_rule(_aten.index_select.default)
 def index_select(info: Any, in_dims: Any, x: torch.Tensor, dim: int, index: torch.Tensor) -> Any:
-    """torch's batching does the same, at 12 us more."""
+    """torch's batching does the same, at 12 us more, where few rows are read."""
     if in_dims[2] == 0 or x.ndim == 1:
         return Decline("the index differs between members, or there is one number a member")
-    return x.index_select(shifted(dim, x.ndim - 1), index), 0
+    dim = shifted(dim, x.ndim - 1)
+    if x.ndim < 3 or not _in_turn(x, dim, index):
+        return x.index_select(dim, index), 0
+    out = x.new_empty((x.shape[0], index.numel(), *x.shape[2:]))
+    for own, found in zip(x.unbind(0), out.unbind(0), strict=True):
+        torch.index_select(own, 0, index, out=found)
+    return out, 0
+
+
+def _index_add(make: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`make` gives what is written from what comes in: a copy, or itself."""
+
+    def rule(
+        info: Any,
+        in_dims: Any,
+        x: torch.Tensor,
+        dim: int,
+        index: torch.Tensor,
+        source: torch.Tensor,
+        *,
+        alpha: Any = 1,
+    ) -> Any:
+        x, source = expanded(x, in_dims[0], info.batch_size), expanded(source, in_dims[3], info.batch_size)
+        if x.ndim == 1 or x.ndim != source.ndim:
+            return Decline("one number a member")
+        dim = shifted(dim, x.ndim - 1)
+        if in_dims[2] is None and not _in_turn(x, dim, index):
+            return make(x).index_add_(dim, index, source, alpha=alpha), 0
+        out = make(x)
+        for k, (own, rows) in enumerate(zip(out.unbind(0), source.unbind(0), strict=True)):
+            own.index_add_(dim - 1, index if in_dims[2] is None else index[k], rows, alpha=alpha)
+        return out, 0
+
+    return rule
+
+
+register_rule(_aten.index_add.default, _index_add(torch.clone))
+register_rule(_aten.index_add_.default, _index_add(lambda x: x))
 
 
 @register_rule(_aten.select_backward.default)
