@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 import torch
 from torch import fx
 
-from memberwise._torch import entry, folder, identity, inductor, openmp, pool, tensorguards
+from memberwise._torch import entry, folder, identity, inductor, openmp, tensorguards
 from memberwise._torch.dispatch import DispatchMode
 
 
@@ -406,88 +405,3 @@ def _asked_for_the_cache(module: fx.GraphModule, inputs: list[torch.Tensor], opt
     except BypassFxGraphCache as error:
         return [(str(error), shown.shape)]
     return [("", shown.shape)]
-
-
-class _Owner:
-    """Keeps memory while it lives."""
-
-
-def test_memory_that_a_program_lets_go_of_is_kept_for_its_next_call() -> None:
-    """Breaks: each call of a program with large intermediates would get its memory anew, page by page."""
-    owner = _Owner()
-    own = pool.Pool(owner)
-    with own:
-        first = torch.ones(1 << 20)
-    address, size = first.data_ptr(), first.untyped_storage().nbytes()
-    del first
-    assert pool.spare() >= size
-    outside = torch.ones(1 << 20)
-    assert outside.data_ptr() != address
-    with own:
-        again, other, small = torch.zeros(1 << 20), torch.ones(1 << 20), torch.ones(8)
-    assert again.data_ptr() == address != other.data_ptr()
-    assert again.sum() == 0 and other.sum() == 1 << 20 and small.sum() == 8
-    again.resize_(1 << 21).fill_(2.0)  # by whom it is allocated it stays, and outside that asks the system
-    assert again.sum() == 1 << 22
-    del owner, again
-    gc.collect()
-    assert pool.spare() == 0
-    del other
-    assert pool.spare() == 0, "nobody is left who would use it"
-
-
-@pytest.mark.parametrize("size", [1 << 20, (1 << 20) + 1, (4 << 20) - 4, (4 << 20) + 1, 6_400_000, (32 << 20) + 1])
-def test_memory_of_any_size_serves_the_next_of_its_size(size: int) -> None:
-    """Breaks: what is held grows with each call (a block in huge pages was taken to be too large for what it held)."""
-    owner = _Owner()
-    with pool.Pool(owner):
-        addresses = {torch.empty(size, dtype=torch.uint8).data_ptr() for _ in range(3)}
-        (kept,) = addresses
-    assert kept and pool.spare() < 2 * size
-
-
-def test_memory_that_no_call_uses_goes_back() -> None:
-    """Breaks: steps of other shapes would hold memory for ever."""
-    owner = _Owner()
-    own = pool.Pool(owner)
-    with own:
-        torch.ones(1 << 20)
-    assert pool.spare()
-    for _ in range(63):
-        with own:
-            pass
-    assert pool.spare()
-    with own:
-        pass
-    assert not pool.spare()
-
-
-def test_kernels_whose_scratch_memory_is_given_by_address_run_in_a_pool() -> None:
-    """Breaks: oneDNN asks for memory and gives it back by its address alone; the process would end."""
-    owner = _Owner()
-    own = pool.Pool(owner)
-    conv = torch.nn.Conv2d(64, 64, 3).requires_grad_(False)
-    x = torch.randn(8, 64, 56, 56)
-    expected = conv(x)
-    with own:
-        found = [conv(x) for _ in range(3)]
-    assert all(torch.equal(one, expected) for one in found)
-
-
-def test_threads_share_a_pool() -> None:
-    """Breaks: two threads would get the same memory."""
-    owner = _Owner()
-    own = pool.Pool(owner)
-    wrong: list[int] = []
-
-    def work(k: int) -> None:
-        for _ in range(50):
-            with own:
-                made = [torch.full((1 << 18,), float(k)) for _ in range(3)]
-            if any((one != k).any() for one in made):
-                wrong.append(k)
-
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert not wrong

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from memberwise._torch import bernoulli
 from memberwise.capture import compile
 from memberwise.engine.boundary import vmap
 from memberwise.generators import drawing_from, make_generators
@@ -226,6 +227,39 @@ def test_draws_of_members_are_one_input_of_the_program(inside: str) -> None:
             assert torch.equal(ours.get_state(), theirs.get_state())
     assert twins.captured.replayed == 3
     assert _inputs_drawn(twins.function) == [(4, 3)] * (1 if inside in ("dropout", "rand") else 2)
+
+
+@pytest.mark.parametrize("how", ["at once", "one after the other"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("order", ["contiguous", "transposed"])
+def test_large_masks_of_members(how: str, dtype: torch.dtype, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All generators draw at once where they can, into whatever order of memory, and where they cannot, in turn."""
+    if how == "one after the other":
+        monkeypatch.setattr(bernoulli, "can_draw", lambda *args, **named: False)
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        x = x if order == "contiguous" else x.t()
+        return (
+            nn.functional.dropout(x, 0.3)
+            + torch.rand(1, dtype=dtype)
+            + nn.functional.dropout(x[:31].clone(), 0.6).sum()
+        )
+
+    def make() -> SimpleNamespace:
+        generators = make_generators(range(3))
+        step = vmap(body, randomness="different", generators=generators)
+        return SimpleNamespace(step=lambda x: step(x), generators=generators)
+
+    twins = Twins(make)
+    for _ in range(4):
+        twins.call(torch.randn(3, 41, 41, dtype=dtype))
+        for ours, theirs in zip(twins.world.generators, twins.eager.generators, strict=True):
+            assert torch.equal(ours.get_state(), theirs.get_state())
+    assert twins.captured.replayed == 3
+    large = [draw for _, draw in twins.captured.programs[0].draws if draw.example.numel() > 3]
+    assert len(large) == 2
+    if how == "one after the other" or bernoulli.can_draw([large[0].example], 0.5, [torch.Generator()]):
+        assert [bool(draw.at_once) for draw in large] == [how == "at once"] * 2
 
 
 FILLS: dict[str, Any] = {

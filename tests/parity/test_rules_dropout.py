@@ -9,7 +9,9 @@ import torch
 from torch.nn import functional as F
 
 import memberwise
+from memberwise._torch import bernoulli
 from memberwise.engine import trace
+from memberwise.generators import make_generators
 from tests.parity.loops import check, numbers
 
 ALONE = {F.dropout: "draws need streams, which `check_rule` does not have"}
@@ -33,6 +35,45 @@ def test_seeded(shape: tuple[int, ...], p: float, training: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_types(dtype: torch.dtype) -> None:
     check(lambda x: F.dropout(x, 0.4), numbers(3, 20, dtype=dtype), seeds=[4, 5, 6])
+
+
+@pytest.mark.parametrize("how", ["at once", "one after the other"])
+def test_large_masks(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn from all streams at once where the library for it has been built before, and torch draws likewise."""
+    monkeypatch.setattr(bernoulli, "_is_built", lambda: how == "at once")
+    drawn, draw = [], bernoulli.draw
+    monkeypatch.setattr(bernoulli, "draw", lambda tensors, p, own: drawn.append(p) or draw(tensors, p, own))
+    can = how == "at once" and bernoulli._draws_alike()
+    del drawn[:]
+
+    def dropped(x: torch.Tensor) -> torch.Tensor:
+        kept = torch.empty_like(x).bernoulli_(0.3) + torch.empty_like(x).bernoulli_()
+        return F.dropout(F.dropout(x, 0.4) + x, 0.2) * kept + torch.empty_like(x.t()).bernoulli_(0.7).t()
+
+    check(dropped, numbers(3, 30, 41), seeds=[4, 5, 6])
+    assert set(drawn) == ({0.6, 0.8, 0.3, 0.5} if can else set())
+
+
+def test_a_mask_that_is_drawn_anew_before_backward_is_an_error() -> None:
+    def spoiled(x: torch.Tensor) -> torch.Tensor:
+        mask = torch.empty_like(x).bernoulli_(0.3)
+        out = (x * mask).sum()
+        mask.bernoulli_(0.3)
+        return out
+
+    x = torch.ones(3, 1000, requires_grad=True)
+    out = memberwise.vmap(spoiled, randomness="different", generators=make_generators(range(3)))(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    with torch.inference_mode():
+        memberwise.vmap(spoiled, randomness="different", generators=make_generators(range(3)))(torch.ones(3, 1000))
+
+
+def test_one_stream_for_several_members_is_drawn_from_in_turn() -> None:
+    stream, x = torch.Generator(), torch.ones(3, 1000)
+    stacked = memberwise.vmap(F.dropout, randomness="different", generators=[stream.manual_seed(1)] * 3)(x)
+    alone = torch.empty(3, 1000).bernoulli_(0.5, generator=stream.manual_seed(1))
+    assert torch.equal(stacked, alone * 2)
 
 
 @pytest.mark.parametrize("order", ["transposed", "strided", "channels_last", "after a convolution"])

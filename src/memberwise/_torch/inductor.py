@@ -14,6 +14,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -193,15 +194,23 @@ def without_onednn() -> Iterator[None]:
 
 def built(source: str) -> Any:
     """A library of C++ functions, to be called by `ctypes`; built once on a machine. It shares Inductor's OpenMP."""
-    path = kept_at(source).with_suffix(".json")
-    library: Any = get(path, lambda known: ctypes.CDLL(known["library"]))
+    library = built_before(source)
     if library is not None:
         return library
     from torch._inductor.codecache import CppCodeCache
 
     library = CppCodeCache.load(source, "cpu")
-    put(path, {"library": library._name})
+    put(_noted(source), {"library": library._name})
     return library
+
+
+def built_before(source: str) -> Any:
+    """The same library, if it has been built on this machine; else None."""
+    return get(_noted(source), lambda known: ctypes.CDLL(known["library"]))
+
+
+def _noted(source: str) -> Path:
+    return kept_at(source).with_suffix(".json")
 
 
 @functools.cache

@@ -7,13 +7,17 @@ what the eager step takes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 
+from memberwise._torch import bernoulli
 from memberwise._torch.identity import stream_key
 from memberwise.generators import default_generator, drawing_from, state_of
+
+_aten = torch.ops.aten
 
 
 class Draw:
@@ -50,6 +54,11 @@ class Draw:
         for k, arg in enumerate(self.args):
             if isinstance(arg, torch.Tensor) and arg is not self.example and id(arg) not in fixed:
                 self.given.append((k, position(arg)))
+
+    @property
+    def stream(self) -> torch.Generator | None:
+        """The stream that it takes from, if that is not the global one."""
+        return self.stands_for or self.kwargs.get("generator")
 
     @property
     def is_ahead(self) -> bool:
@@ -102,9 +111,27 @@ class MemberDraws(Draw):
 
     def take(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
         """Draw for each member."""
+        if self.at_once:
+            bernoulli.draw([draw.example for draw in self.draws], _probability(self.draws[0]), self.at_once)
+            return self.example
         for draw in self.draws:
             draw.take(values)
         return self.example
+
+    @functools.cached_property
+    def at_once(self) -> list[torch.Generator]:
+        """The members' streams, if all can be drawn from at once; else none."""
+        first, streams = self.draws[0], [draw.stream for draw in self.draws if draw.stream is not None]
+        alike = len({draw.kind() for draw in self.draws}) == 1 and len(streams) == len(self.draws)
+        if first.func is not _aten.bernoulli_.float or not alike:
+            return []
+        can = bernoulli.can_draw([draw.example for draw in self.draws], _probability(first), streams)
+        return streams if can else []
+
+
+def _probability(draw: Draw) -> float:
+    """Of a `bernoulli_`; the dispatcher leaves its default out."""
+    return draw.args[1] if len(draw.args) > 1 else draw.kwargs.get("p", 0.5)
 
 
 class Streams:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd.graph import increment_version
 
+from memberwise._torch import bernoulli
+from memberwise._torch.tracing import watched
 from memberwise.engine.slices import member_slice, stack_results
 from memberwise.errors import ArgumentError, fail
 from memberwise.generators import drawing_from, global_generators, restoring
@@ -76,6 +79,8 @@ def _by_stream(op: Operation, region: Region, values: Any, dims: Any, kwargs: An
     takes_generator = any(arg.name == "generator" for arg in op.func._schema.arguments)
     filler = _FILLERS.get(op.func) if _fills(op, values) else None
     _check_place(op, values, kwargs, generators[0].device)
+    if op.func is _aten.bernoulli_.float and dims[0] == 0 and values[0].is_contiguous() and not kwargs:
+        return fill_masks(values[0], *values[1:], generators=generators), 0
     outs = []
     for i in range(region.batch_size):
         own = [member_slice(value, dim, i) for value, dim in zip(values, dims, strict=True)]
@@ -87,6 +92,19 @@ def _by_stream(op: Operation, region: Region, values: Any, dims: Any, kwargs: An
         else:
             outs.append(op.func(*own, **{**kwargs, "generator": generators[i]}))
     return stack_results(outs, op, region), 0
+
+
+def fill_masks(masks: torch.Tensor, p: float = 0.5, *, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """`(M, *s)`, contiguous, with each member's part drawn from its stream: 1 with probability `p`, else 0."""
+    members = masks.unbind(0)
+    if not watched() and bernoulli.can_draw(members, p, generators, build=False):
+        bernoulli.draw(members, p, generators)
+        if not masks.is_inference():
+            increment_version(masks)
+        return masks
+    for own, generator in zip(members, generators, strict=True):
+        own.bernoulli_(p, generator=generator)
+    return masks
 
 
 def _check_place(op: Operation, values: Any, kwargs: Any, streams: torch.device) -> None:

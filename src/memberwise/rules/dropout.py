@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from memberwise.engine.draws import fill_masks
 from memberwise.engine.signals import Decline
 from memberwise.rules.composite import composite, without_kept
 from memberwise.rules.folding import is_among_channels
@@ -25,9 +26,7 @@ def _kept(info: Any, x: torch.Tensor, shape: torch.Size, p: float) -> torch.Tens
     noise = x.new_empty((info.batch_size, *shape))
     if info.generators is None:
         return noise.bernoulli_(1 - p)
-    for own, generator in zip(noise.unbind(0), info.generators, strict=True):
-        own.bernoulli_(1 - p, generator=generator)
-    return noise
+    return fill_masks(noise, 1 - p, generators=info.generators)
 
 
 @composite(F.dropout, signature=_signature)

@@ -1,0 +1,124 @@
+"""What functions of ours in C++ take for granted of torch: where memory and random numbers come from."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+
+from memberwise._torch import bernoulli, pool
+
+
+@pytest.mark.parametrize("dtype", bernoulli._ONE, ids=str)
+@pytest.mark.parametrize("before", [0, 1, 622, 623, 624])
+def test_several_generators_draw_what_torch_draws(dtype: torch.dtype, before: int) -> None:
+    """Breaks: members' dropout in captured steps would be drawn one after the other, on one core.
+
+    The reference are uniform numbers of doubles: `bernoulli_` itself draws by MKL on processors of Intel.
+    """
+    for count, p in [(1, 0.5), (311, 0.2), (312, 0.9), (1500, 1 / 3), (5000, 1e-4), (7, 0.0), (7, 1.0)]:
+        ours, theirs = ([torch.Generator().manual_seed(seed) for seed in (1, 2, 3)] for _ in range(2))
+        for generator in (*ours, *theirs):
+            torch.empty(before).uniform_(generator=generator)
+        found = [torch.full((count,), 7, dtype=dtype) for _ in ours]
+        bernoulli.draw(found, p, ours)
+        for mine, own, other in zip(found, ours, theirs, strict=True):
+            expected = torch.empty(count, dtype=torch.float64).uniform_(generator=other) < p
+            assert torch.equal(mine, expected.to(dtype))
+            assert torch.equal(own.get_state(), other.get_state())
+            assert torch.equal(torch.randn(9, generator=own), torch.randn(9, generator=other))
+
+
+def test_a_generator_that_was_never_used_is_drawn_from() -> None:
+    """Breaks: likewise; a seeded state counts what is left differently."""
+    ours, theirs = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    found = torch.empty(5)
+    bernoulli.draw([found], 0.5, [ours])
+    assert torch.equal(found, (torch.empty(5, dtype=torch.float64).uniform_(generator=theirs) < 0.5).float())
+
+
+class _Owner:
+    """Keeps memory while it lives."""
+
+
+def test_memory_that_a_program_lets_go_of_is_kept_for_its_next_call() -> None:
+    """Breaks: each call of a program with large intermediates would get its memory anew, page by page."""
+    owner = _Owner()
+    own = pool.Pool(owner)
+    with own:
+        first = torch.ones(1 << 20)
+    address, size = first.data_ptr(), first.untyped_storage().nbytes()
+    del first
+    assert pool.spare() >= size
+    outside = torch.ones(1 << 20)
+    assert outside.data_ptr() != address
+    with own:
+        again, other, small = torch.zeros(1 << 20), torch.ones(1 << 20), torch.ones(8)
+    assert again.data_ptr() == address != other.data_ptr()
+    assert again.sum() == 0 and other.sum() == 1 << 20 and small.sum() == 8
+    again.resize_(1 << 21).fill_(2.0)  # by whom it is allocated it stays, and outside that asks the system
+    assert again.sum() == 1 << 22
+    del owner, again
+    gc.collect()
+    assert pool.spare() == 0
+    del other
+    assert pool.spare() == 0, "nobody is left who would use it"
+
+
+@pytest.mark.parametrize("size", [1 << 20, (1 << 20) + 1, (4 << 20) - 4, (4 << 20) + 1, 6_400_000, (32 << 20) + 1])
+def test_memory_of_any_size_serves_the_next_of_its_size(size: int) -> None:
+    """Breaks: what is held grows with each call (a block in huge pages was taken to be too large for what it held)."""
+    owner = _Owner()
+    with pool.Pool(owner):
+        addresses = {torch.empty(size, dtype=torch.uint8).data_ptr() for _ in range(3)}
+        (kept,) = addresses
+    assert kept and pool.spare() < 2 * size
+
+
+def test_memory_that_no_call_uses_goes_back() -> None:
+    """Breaks: steps of other shapes would hold memory for ever."""
+    owner = _Owner()
+    own = pool.Pool(owner)
+    with own:
+        torch.ones(1 << 20)
+    assert pool.spare()
+    for _ in range(63):
+        with own:
+            pass
+    assert pool.spare()
+    with own:
+        pass
+    assert not pool.spare()
+
+
+def test_kernels_whose_scratch_memory_is_given_by_address_run_in_a_pool() -> None:
+    """Breaks: oneDNN asks for memory and gives it back by its address alone; the process would end."""
+    owner = _Owner()
+    own = pool.Pool(owner)
+    conv = torch.nn.Conv2d(64, 64, 3).requires_grad_(False)
+    x = torch.randn(8, 64, 56, 56)
+    expected = conv(x)
+    with own:
+        found = [conv(x) for _ in range(3)]
+    assert all(torch.equal(one, expected) for one in found)
+
+
+def test_threads_share_a_pool() -> None:
+    """Breaks: two threads would get the same memory."""
+    owner = _Owner()
+    own = pool.Pool(owner)
+    wrong: list[int] = []
+
+    def work(k: int) -> None:
+        for _ in range(50):
+            with own:
+                made = [torch.full((1 << 18,), float(k)) for _ in range(3)]
+            if any((one != k).any() for one in made):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not wrong
