@@ -57,6 +57,35 @@ def test_each_kind_one_at_a_time(kind: str) -> None:
     assert captured.plans == ["1 at a time, as told"]
 
 
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("what", ["gradients", "an argument"])
+def test_a_trial_leaves_alone_what_lies_elsewhere_in_each_call(chunk: int, what: str) -> None:
+    """What the recording wrote to was in other memory than what the call that plans writes to."""
+
+    def make() -> SimpleNamespace:
+        net = build(lambda: nn.Linear(3, 2), seeds=range(4), dtype=torch.float64)
+
+        def step(x: torch.Tensor, done: bool) -> torch.Tensor:
+            losses = memberwise.vmap(lambda m, x: m(x).pow(2).mean(), (0, 0))(net, x)
+            losses.sum().backward()
+            if what == "an argument":
+                x.mul_(2).add_(losses.detach()[:, None, None])
+            if done:
+                net.zero_grad()
+            return losses.detach()
+
+        return SimpleNamespace(step=step, net=net)
+
+    twins = Twins(make, exact=False)
+    twins.captured.chunk = chunk
+    kept = []
+    for k in range(9):
+        x = torch.randn(4, 5, 3, dtype=torch.float64)
+        twins.call(x, k % 3 == 2)
+        kept.append(twins.world.net.weight.grad)  # its memory is not given to the next
+    assert twins.captured.replayed >= 5
+
+
 def _data(own: bool, marked: bool) -> tuple[Any, Any]:
     """A step with inputs of each member's own, in the arguments or marked with each()."""
 

@@ -14,7 +14,6 @@ from torch.fx.passes.shape_prop import ShapeProp
 import memberwise
 from memberwise import optim
 from memberwise.capture import compile, layout
-from memberwise.capture.chunks import Chunks
 from memberwise.capture.layout import channels_last_is_faster
 from memberwise.capture.views import with_fewer_views
 from tests.parity.twins import assert_same
@@ -167,7 +166,9 @@ def test_a_step_with_the_channels_last_is_the_same(kind: str, chunk: int, monkey
         generator = torch.Generator().manual_seed(0)
         losses = [captured(torch.randn(3, 3, 8, 8, generator=generator, dtype=torch.float64)) for _ in range(5)]
         run: Any = captured.captured.programs[0].run  # type: ignore[attr-defined] # of a function
-        graph = str((run.run if isinstance(run, Chunks) else run).__self__.graph)
+        while not hasattr(run, "__self__"):  # the program of chunks, or of a graph
+            run = run.run
+        graph = str(run.__self__.graph)
         assert ("torch.channels_last" in graph) == last
         grads = {name: param.grad for name, param in stack.named_parameters()}
         found.append(({"losses": losses, "grads": grads}, stack.state_dict()))

@@ -113,7 +113,7 @@ class Assembly:
             filled=[grad is not None for grad in before.grads],
             hooks=before.hooks,
             arguments=before.arguments,
-            written=self.recorder.written,
+            written={k for k, value in enumerate(self.values[:count]) if memory_key(value) in self.recorder.written},
             setting=before.setting,
             stacks=before.reach.stacks,
             stacked=before.reach.stacked,

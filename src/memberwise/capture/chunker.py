@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from memberwise._torch.identity import memory_key
 from memberwise._torch.inductor import How
 from memberwise.capture.chunks import Chunks, Result, Run, Source
 from memberwise.capture.excerpt import Excerpt, Stacked, guesses
@@ -145,7 +144,7 @@ class Chunker:
             raise Unfit("the stacks have different numbers of members")
         reasons = []
         known = (*map(Stacked, self.whole.stacked), *self.marked)
-        for stacked in guesses(known, self._inputs(), members):
+        for stacked in guesses(known, [self.values[k] for k in self._own_inputs()], members):
             try:
                 with taking(**dict([way.split(" ", 1)] if way else [])):
                     parts = [self._recorded(stacked, few, members) for few in (size, members % size) if few]
@@ -156,10 +155,10 @@ class Chunker:
                 reasons.append(str(reason))
         raise Unfit(reasons[0])
 
-    def _inputs(self) -> list[torch.Tensor]:
+    def _own_inputs(self) -> list[int]:
         """The graph's inputs that are neither drawn nor gradients."""
         other = {index for index, _ in (*self.whole.draws, *self.whole.grads_in)}
-        return [value for index, value in enumerate(self.values[: self.whole.count]) if index not in other]
+        return [index for index in range(self.whole.count) if index not in other]
 
     def _recorded(self, stacked: list[Stacked], size: int, members: int) -> Part:
         """The recording for `size` members."""
@@ -169,7 +168,7 @@ class Chunker:
         places = [place for place, _ in whole.stores]
         outside: dict[str, Any] = dict(leaves=leaves, places=places, generators=whole.generators, stacks=whole.stacks)
         known = {id(entry.tensor) for entry in stacked}
-        written = [Stacked(value, None) for value in self._inputs() if memory_key(value) in whole.written]
+        written = [Stacked(self.values[k], None) for k in self._own_inputs() if k in whole.written]
         written = [entry for entry in written if id(entry.tensor) not in known]
         with Excerpt([*stacked, *written], size, **outside), warnings.catch_warnings(action="ignore"):
             try:
@@ -177,13 +176,13 @@ class Chunker:
             except Exception as error:  # a step may index members, or need all of them
                 raise Unfit(f"it cannot be recorded for {size}: {error}") from error
             own = [value.shape for value in part.values[: part.count]]
-            is_written = [memory_key(value) in part.written for value in part.values[: part.count]]
+            is_written = [index in part.written for index in range(part.count)]
         positions = [self._position(part, index) for index in range(part.count)]
         sources = [Source(k, axis_of(shapes[k], shape, members, size)) for k, shape in zip(positions, own, strict=True)]
         if any(changed and dim is None for changed, (_, dim) in zip(is_written, sources, strict=True)):
             raise Unfit("it writes to a tensor that all members share")
         inputs = [self._first(k, dim, size) for k, dim in sources]
-        written = [memory_key(self.values[k]) in whole.written for k, _ in sources]
+        written = [k in whole.written for k, _ in sources]
         results = self._results(part, size, members)
         into = [like.empty().narrow(dim, 0, size) for like, dim in results]
         pairs = list(zip(inputs, written, strict=True))

@@ -111,7 +111,7 @@ class Program:
         filled: whether each leaf had one at the start.
         hooks: the hooks on each leaf.
         arguments: what the step was called with.
-        written: storages that the program writes to.
+        written: the graph's inputs that it writes to, by position: their memory may be another in each call.
         setting: torch's state.
         stacks: the slots of the stacks within reach.
         stacked: the tensors known to have a member axis, at 0.
@@ -166,17 +166,15 @@ class Program:
 
     def _note_memory(self) -> None:
         changing = {index for index, _ in (*self.given, *self.moving, *self.grads_in, *self.draws)}
-        stays = [value for index, value in enumerate(self.values) if index not in changing]
-        self.fixed_written = {memory_key(value) for value in stays} & self.written
+        self.fixed_written = {memory_key(self.values[index]) for index in self.written - changing}
 
     def can_copy(self, values: Sequence[torch.Tensor]) -> bool:
         """Whether copies of all that is written to are small enough to be made for a trial."""
-        written = (value for value in values[: self.count] if memory_key(value) in self.written)
-        return sum(value.nbytes for value in written) <= COPIED
+        return sum(values[index].nbytes for index in self.written) <= COPIED
 
     def copies(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The graph's inputs among `values`, those that it writes to as copies in the same memory order."""
-        return [copied(value) if memory_key(value) in self.written else value for value in values[: self.count]]
+        return [copied(value) if index in self.written else value for index, value in enumerate(values[: self.count])]
 
     def match(self, arguments: Arguments) -> list[torch.Tensor] | None:
         """The values of this call, if the recording stands for it; else None."""
