@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,20 @@ def test_a_generator_that_was_never_used_is_drawn_from() -> None:
     found = torch.empty(5)
     bernoulli.draw([found], 0.5, [ours])
     assert torch.equal(found, (torch.empty(5, dtype=torch.float64).uniform_(generator=theirs) < 0.5).float())
+
+
+def test_a_library_is_looked_for_where_none_may_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks: an eager call would build it, or never find what a captured step has built since."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    given = [torch.empty(1000)], 0.5, [torch.Generator()]
+    for cached in (bernoulli._library, bernoulli._was_built):
+        cached.cache_clear()
+    assert not bernoulli.can_draw(*given, build=False)
+    possible = bernoulli.can_draw(*given)
+    assert bernoulli.can_draw(*given, build=False) == possible
+    for cached in (bernoulli._library, bernoulli._was_built):
+        cached.cache_clear()
+    assert bernoulli.can_draw(*given, build=False) == possible, "another process finds it"
 
 
 class _Owner:

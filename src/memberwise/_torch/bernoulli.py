@@ -139,7 +139,7 @@ def can_draw(
 ) -> bool:
     """Whether `draw` can fill these dense tensors of one kind as torch would, and is faster.
 
-    With `build=False` only if a library that some process has built on this machine is there.
+    With `build=False` only if its library is there: this process has built it, or one before.
     """
     first = tensors[0]
     if first.numel() < _MANY or first.device.type != "cpu" or first.dtype not in _ONE or not 0 <= p <= 1:
@@ -176,8 +176,12 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-@functools.cache
 def _is_built() -> bool:
+    return _library.cache_info().currsize > 0 or _was_built()
+
+
+@functools.cache
+def _was_built() -> bool:
     return built_before(_SOURCE) is not None
 
 
