@@ -40,6 +40,13 @@ def test_a_generator_that_was_never_used_is_drawn_from() -> None:
     assert torch.equal(found, (torch.empty(5, dtype=torch.float64).uniform_(generator=theirs) < 0.5).float())
 
 
+def test_where_tensors_are_made_by_default_is_no_matter() -> None:
+    """Breaks: the comparison with torch's draws would fail for a user of `torch.set_default_device`."""
+    alike = bernoulli._is_alike(torch.float32, 0.5)
+    with torch.device("meta"):
+        assert bernoulli._is_alike(torch.float32, 0.5) == alike
+
+
 def test_a_library_is_looked_for_where_none_may_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks: an eager call would build it, or never find what a captured step has built since."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -206,6 +206,23 @@ def _inputs_drawn(captured: Any) -> list[tuple[int, ...]]:
     return [tuple(draw.example.shape) for _, draw in captured.captured.programs[0].draws]
 
 
+def _drawn_by_members(body: Any, members: int, *shape: int, dtype: torch.dtype = torch.float32) -> Twins:
+    """Worlds in which members with streams of their own have drawn four times."""
+
+    def make() -> SimpleNamespace:
+        generators = make_generators(range(members))
+        step = vmap(body, randomness="different", generators=generators)
+        return SimpleNamespace(step=lambda x: step(x), generators=generators)
+
+    twins = Twins(make)
+    for _ in range(4):
+        twins.call(torch.randn(members, *shape, dtype=dtype))
+        for ours, theirs in zip(twins.world.generators, twins.eager.generators, strict=True):
+            assert torch.equal(ours.get_state(), theirs.get_state())
+    assert twins.captured.replayed == 3
+    return twins
+
+
 @pytest.mark.parametrize("inside", ["dropout", "rand", "two layers", "both"])
 def test_draws_of_members_are_one_input_of_the_program(inside: str) -> None:
     body = {
@@ -214,18 +231,7 @@ def test_draws_of_members_are_one_input_of_the_program(inside: str) -> None:
         "two layers": lambda x: nn.functional.dropout(nn.functional.dropout(x, 0.2), 0.4),
         "both": lambda x: nn.functional.dropout(x, 0.2) + torch.randn(3),
     }[inside]
-
-    def make() -> SimpleNamespace:
-        generators = make_generators(range(4))
-        step = vmap(body, randomness="different", generators=generators)
-        return SimpleNamespace(step=lambda x: step(x), generators=generators)
-
-    twins = Twins(make)
-    for _ in range(4):
-        twins.call(torch.randn(4, 3))
-        for ours, theirs in zip(twins.world.generators, twins.eager.generators, strict=True):
-            assert torch.equal(ours.get_state(), theirs.get_state())
-    assert twins.captured.replayed == 3
+    twins = _drawn_by_members(body, 4, 3)
     assert _inputs_drawn(twins.function) == [(4, 3)] * (1 if inside in ("dropout", "rand") else 2)
 
 
@@ -245,17 +251,7 @@ def test_large_masks_of_members(how: str, dtype: torch.dtype, order: str, monkey
             + nn.functional.dropout(x[:31].clone(), 0.6).sum()
         )
 
-    def make() -> SimpleNamespace:
-        generators = make_generators(range(3))
-        step = vmap(body, randomness="different", generators=generators)
-        return SimpleNamespace(step=lambda x: step(x), generators=generators)
-
-    twins = Twins(make)
-    for _ in range(4):
-        twins.call(torch.randn(3, 41, 41, dtype=dtype))
-        for ours, theirs in zip(twins.world.generators, twins.eager.generators, strict=True):
-            assert torch.equal(ours.get_state(), theirs.get_state())
-    assert twins.captured.replayed == 3
+    twins = _drawn_by_members(body, 3, 41, 41, dtype=dtype)
     large = [draw for _, draw in twins.captured.programs[0].draws if draw.example.numel() > 3]
     assert len(large) == 2
     if how == "one after the other" or bernoulli.can_draw([large[0].example], 0.5, [torch.Generator()]):

@@ -129,7 +129,6 @@ _ONE = {
 }
 """Dtype -> the bits of its 1."""
 
-
 _MANY = 512
 """Numbers from which on it pays: 9 us for five generators, and 14 one after the other."""
 
@@ -198,8 +197,8 @@ def _draws_alike() -> bool:
 def _is_alike(dtype: torch.dtype, p: float) -> bool:
     ours, theirs = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
     for generator in (ours, theirs):
-        torch.empty(3).uniform_(generator=generator)  # an odd number
-    expected = torch.empty(1001, dtype=dtype).bernoulli_(p, generator=theirs)
+        torch.empty(3, device="cpu").uniform_(generator=generator)  # an odd number
+    expected = torch.empty(1001, dtype=dtype, device="cpu").bernoulli_(p, generator=theirs)
     found = torch.empty_like(expected)
     draw([found], p, [ours])
     return torch.equal(found, expected) and torch.equal(ours.get_state(), theirs.get_state())

@@ -176,10 +176,9 @@ class Chunker:
             except Exception as error:  # a step may index members, or need all of them
                 raise Unfit(f"it cannot be recorded for {size}: {error}") from error
             own = [value.shape for value in part.values[: part.count]]
-            is_written = [index in part.written for index in range(part.count)]
         positions = [self._position(part, index) for index in range(part.count)]
         sources = [Source(k, axis_of(shapes[k], shape, members, size)) for k, shape in zip(positions, own, strict=True)]
-        if any(changed and dim is None for changed, (_, dim) in zip(is_written, sources, strict=True)):
+        if any(sources[index].dim is None for index in part.written):
             raise Unfit("it writes to a tensor that all members share")
         inputs = [self._first(k, dim, size) for k, dim in sources]
         written = [k in whole.written for k, _ in sources]

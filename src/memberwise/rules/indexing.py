@@ -149,23 +149,13 @@ def index_select(info: Any, in_dims: Any, x: torch.Tensor, dim: int, index: torc
 def _index_add(make: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """`make` gives what is written from what comes in: a copy, or itself."""
 
-    def rule(
-        info: Any,
-        in_dims: Any,
-        x: torch.Tensor,
-        dim: int,
-        index: torch.Tensor,
-        source: torch.Tensor,
-        *,
-        alpha: Any = 1,
-    ) -> Any:
+    def rule(info: Any, in_dims: Any, x: Any, dim: int, index: Any, source: Any, *, alpha: Any = 1) -> Any:
         x, source = expanded(x, in_dims[0], info.batch_size), expanded(source, in_dims[3], info.batch_size)
         if x.ndim == 1 or x.ndim != source.ndim:
             return Decline("one number a member")
-        dim = shifted(dim, x.ndim - 1)
+        out, dim = make(x), shifted(dim, x.ndim - 1)
         if in_dims[2] is None and not _in_turn(x, dim, index):
-            return make(x).index_add_(dim, index, source, alpha=alpha), 0
-        out = make(x)
+            return out.index_add_(dim, index, source, alpha=alpha), 0
         for k, (own, rows) in enumerate(zip(out.unbind(0), source.unbind(0), strict=True)):
             own.index_add_(dim - 1, index if in_dims[2] is None else index[k], rows, alpha=alpha)
         return out, 0
