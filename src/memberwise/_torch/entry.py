@@ -7,6 +7,7 @@ needs none of it. Missing is a public way to call that function, and to load it 
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -28,11 +29,13 @@ class Entry:
     Args:
         function: of the library; it takes and gives handles.
         changed: which inputs count it as a change of their values.
+        needs: libraries in which it finds functions of ours.
     """
 
-    def __init__(self, function: Callable[[Any], Any], changed: Sequence[int]) -> None:
+    def __init__(self, function: Callable[[Any], Any], changed: Sequence[int], needs: Sequence[str] = ()) -> None:
         self.function = function
         self.changed = list(changed)
+        self.needs = list(needs)
 
     def __call__(self, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
         """What the program returns; what it writes is written in place."""
@@ -47,14 +50,24 @@ class Entry:
         library = getattr(module, "__file__", None)
         if library is None:
             return
-        put(path, {"library": library, "module": getattr(module, "__name__", ""), "changed": self.changed})
+        name = getattr(module, "__name__", "")
+        put(path, {"library": library, "module": name, "changed": self.changed, "needs": self.needs})
 
     @classmethod
     def kept(cls, path: Path) -> Entry | None:
         """The program noted there, if its library is still there."""
-        return get(
-            path, lambda known: cls(_function(known["module"], known["library"]), [int(k) for k in known["changed"]])
-        )
+        return get(path, cls._noted)
+
+    @classmethod
+    def _noted(cls, known: Any) -> Entry:
+        for library in known["needs"]:
+            everywhere(library)
+        return cls(_function(known["module"], known["library"]), [int(k) for k in known["changed"]], known["needs"])
+
+
+def everywhere(library: str) -> None:
+    """Let libraries that are loaded after this one find its functions."""
+    ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
 
 
 def _function(module: str, library: str) -> Callable[[Any], Any]:

@@ -62,6 +62,8 @@ def _machine() -> Any:
 
 def _code() -> str:
     """What makes programs and plans, as text: another version of it may make others."""
-    here = Path(__file__).parent
-    files = sorted((*here.glob("*.py"), *(here.parent / "capture").glob("*.py")))
+    package = Path(__file__).parent.parent
+    files = sorted(
+        file for folder in ("_torch", "capture", "kernels") for file in (package / folder).iterdir() if file.is_file()
+    )
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from memberwise._torch.entry import Entry
+from memberwise._torch.entry import Entry, everywhere
 from memberwise._torch.folder import get, kept_at, put
 from memberwise._torch.identity import memory_key
 from memberwise._torch.versions import version
@@ -50,6 +50,30 @@ class How(NamedTuple):
 USUAL = How()
 
 
+class Shim(NamedTuple):
+    """How Inductor's wrapper in C++ calls an operation of ours.
+
+    Attributes:
+        declaration: of the function in C.
+        library: where it lies, which may have to be built first.
+    """
+
+    declaration: str
+    library: Callable[[], str]
+
+
+_shims: dict[Any, Shim] = {}
+
+
+def put_shim(operation: Any, shim: Shim) -> None:
+    """Let the wrapper in C++ call `operation`, which it would else call by Python."""
+    _shims[operation] = shim
+
+
+def _shims_of(module: fx.GraphModule) -> dict[Any, Shim]:
+    return {node.target: _shims[node.target] for node in module.graph.nodes if node.target in _shims}
+
+
 def compile_untried(module: fx.GraphModule, inputs: Sequence[torch.Tensor], how: How = USUAL) -> Compiled:
     """A compiled `module` that has not run: only the wrapper that has all operations is used; else as `begin_graph`."""
     with torch.no_grad():
@@ -66,6 +90,9 @@ def begin_graph(
     """
     begun: Compiled | None = None
     libraries: list[_Later] = []
+    needs = [shim.library() for shim in _shims_of(module).values()]
+    for library in needs:
+        everywhere(library)
     first = _WRAPPERS[0 if _on_cpu(inputs) else -1]  # a GPU's graph of launches needs no wrapper
     with contextlib.suppress(Exception), torch.no_grad(), _built_aside(libraries):
         begun = _compile(module, inputs, first, how)
@@ -74,7 +101,7 @@ def begin_graph(
         with torch.inference_mode(False), torch.no_grad():  # in inference mode copies would count no versions
             if begun is not None:
                 with contextlib.suppress(Exception):  # what the last wrapper raises is the reason given
-                    return _direct(begun, libraries, trial)
+                    return _direct(begun, libraries, trial, needs)
             run = _compile(module, inputs, _WRAPPERS[-1], how)
             run(*trial())
             return run
@@ -82,7 +109,7 @@ def begin_graph(
     return end
 
 
-def _direct(begun: Compiled, libraries: list[_Later], trial: Trial) -> Compiled:
+def _direct(begun: Compiled, libraries: list[_Later], trial: Trial, needs: list[str]) -> Compiled:
     """The function of the library that a compiled graph calls, if that does the same; else the compiled graph."""
     given = trial()
     versions = list(map(version, given))
@@ -90,7 +117,7 @@ def _direct(begun: Compiled, libraries: list[_Later], trial: Trial) -> Compiled:
     changed = [k for k, (value, before) in enumerate(zip(given, versions, strict=True)) if version(value) != before]
     if len(libraries) != 1 or libraries[0].takes != len(given) or libraries[0].entry is None:
         return begun  # it is given constants as well, or is several graphs
-    own, entry = trial(), Entry(libraries[0].entry, changed)
+    own, entry = trial(), Entry(libraries[0].entry, changed, needs)
     found = entry(*own)
     apart = set(map(memory_key, given)).isdisjoint(map(memory_key, expected))
     same = len(found) == len(expected) and all(
@@ -112,6 +139,9 @@ def _compile(module: fx.GraphModule, inputs: Sequence[torch.Tensor], options: di
     if _on_cpu(inputs):
         know_vectors()
         options = {**options, "layout_optimization": how.channels_last}
+    if shims := _shims_of(module):
+        declared = {operation: [shim.declaration] for operation, shim in shims.items()}
+        options = {**options, "aot_inductor.custom_ops_to_c_shims": declared}
     compiled: Any = _inductor.compile(copy.deepcopy(module), _without_values(inputs), options=options)
     return compiled  # type: ignore[no-any-return] # it may change what it gets, hence the copy
 
