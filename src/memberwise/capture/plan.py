@@ -33,7 +33,7 @@ GROWTH = 8
 """How many times as many members each candidate has."""
 
 BUDGET = 20.0
-"""Seconds after which no further candidate is compiled."""
+"""Seconds of compiling candidates, after which no further one is."""
 
 HOPE = 1.5
 """How much longer than all at once a candidate may take operation by operation, to be compiled all the same: many small
@@ -132,10 +132,10 @@ class Planner(Chunker):
 
     def _measured(self) -> tuple[Run, Candidate, str]:
         """What is fastest, compiled; the candidates in the order of what they promise."""
-        best, choice, end = self.at_once(), Candidate(), time.monotonic() + BUDGET
+        best, choice = self.at_once(), Candidate()
         (seconds,) = self._seconds(best)
         found, why = self._tried(seconds)
-        told = []
+        told, end = [], time.monotonic() + BUDGET
         for part, candidate, prepared in found:
             if part > HOPE:
                 break
