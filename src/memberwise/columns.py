@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from memberwise.pages import in_huge_pages
+
 Plain = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -19,7 +21,7 @@ class Listed:
     """Keeps the members' tensors, then stacks them: for members that live anyway, and for unusual tensors."""
 
     def __init__(self, first: torch.Tensor, *, copies: bool) -> None:
-        self._strides = None if not _is_plain(first) or first.is_contiguous() else _member_strides(first)
+        self._strides = _member_strides(first) if _is_plain(first) else None
         self._device, self._dtype = first.device, first.dtype
         self._copies = copies
         self._tensors: list[torch.Tensor] = []
@@ -117,7 +119,7 @@ def _member_strides(tensor: torch.Tensor) -> tuple[int, ...]:
 
 def _empty(count: int, first: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     sizes = (count, *first.shape)
-    return torch.empty_strided(sizes, (first.numel(), *strides), dtype=first.dtype, device=first.device)
+    return in_huge_pages(torch.empty_strided(sizes, (first.numel(), *strides), dtype=first.dtype, device=first.device))
 
 
 _PRIVATE: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}

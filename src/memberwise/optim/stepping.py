@@ -22,6 +22,7 @@ from memberwise.errors import EngineError, fail
 from memberwise.optim.adoption import new_count
 from memberwise.optim.group import Column, Group, name_of
 from memberwise.optim.runs import Layout, Split
+from memberwise.pages import in_huge_pages
 
 #: A parameter, its gradient, and what is kept for it, in the order of `_kept`: the step count comes first.
 Row = tuple[torch.Tensor, ...]
@@ -246,8 +247,8 @@ def begin(state: dict[str, Any], param: torch.Tensor, kept: tuple[str, ...]) -> 
     """Make what is kept for a parameter, where it is not there yet: zeros, which change no result."""
     for name in kept:
         if name not in state:
-            zeros = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state[name] = new_count(param) if name == "step" else zeros
+            empty = torch.empty_like(param, memory_format=torch.preserve_format)
+            state[name] = new_count(param) if name == "step" else in_huge_pages(empty).zero_()
 
 
 def _as_real(tensor: torch.Tensor) -> torch.Tensor:
