@@ -14,8 +14,8 @@ from torch import fx
 from memberwise._torch.entry import Entry
 from memberwise._torch.folder import kept_at
 from memberwise._torch.inductor import USUAL, How, Trial, begin_graph, compile_untried
+from memberwise.capture.ours import with_ours
 from memberwise.capture.outline import by_regions
-from memberwise.capture.products import multiplied
 from memberwise.capture.regions import Uncut
 from memberwise.capture.unfused import unfused
 
@@ -39,7 +39,7 @@ class Compiled:
         if key not in self._entries:
             plain = self.backend == "fx"
             self._entries[key] = (
-                graph.forward if plain else _compiled(multiplied(unfused(graph), inputs), inputs, trial, how)
+                graph.forward if plain else _compiled(with_ours(unfused(graph), inputs), inputs, trial, how)
             )
         self._entries.move_to_end(key)
         while len(self._entries) > self.size:

@@ -1,42 +1,46 @@
-"""Products of a recording by our own kernel: the same step, and only where that kernel serves and is faster."""
+"""Operations of a recording by kernels of our own: the same step, and only where these serve and are faster."""
 
 from __future__ import annotations
 
+import operator
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 import memberwise
 from memberwise import optim
-from memberwise.capture import products
-from memberwise.capture.products import multiplied
+from memberwise.capture import ours
+from memberwise.capture.ours import OURS, with_ours
 from memberwise.capture.unfused import unfused
 from memberwise.construction import build
-from memberwise.kernels.product import available, product
+from memberwise.kernels.attention import attention, attention_backward
+from memberwise.kernels.library import available
+from memberwise.kernels.product import product
 from memberwise.testing.tolerance import assert_equal
 from tests.parity.test_capture_regions import MODELS, recorded
 
-pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler, or a processor without AVX2")
+pytestmark = pytest.mark.skipif(not available("product"), reason="no C++ compiler, or a processor without AVX2")
 _aten = torch.ops.aten
 
 
 def _chosen(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> list[str]:
-    """What multiplies in what is recorded of it."""
+    """What there is to choose in what is recorded of it, as it was chosen."""
     program = recorded(function, *inputs)
-    graph = multiplied(unfused(program.graph), program.values[: program.count]).graph
-    return [str(node.target) for node in graph.nodes if node.target in {product, *products._THEIRS}]
+    graph = with_ours(unfused(program.graph), program.values[: program.count]).graph
+    return [str(node.target) for node in graph.nodes if node.target in {*OURS, *(own.run for own in OURS.values())}]
 
 
 @pytest.fixture
 def _ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever it serves."""
-    monkeypatch.setattr(products, "_is_faster", lambda *_: True)
+    monkeypatch.setattr(ours, "_is_faster", lambda *_: True)
 
 
 def _step_of(name: str) -> tuple[Callable[..., torch.Tensor], torch.Tensor]:
@@ -59,14 +63,14 @@ def _step_of(name: str) -> tuple[Callable[..., torch.Tensor], torch.Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_step(name: str) -> None:
     program = recorded(*_step_of(name))
-    own = multiplied(unfused(program.graph), program.values[: program.count])
+    own = with_ours(unfused(program.graph), program.values[: program.count])
     assert any(node.target is product for node in own.graph.nodes)
-    whole, ours = program.copies(program.values), program.copies(program.values)
+    whole, mine = program.copies(program.values), program.copies(program.values)
     with torch.no_grad():
-        expected, found = program.graph.forward(*whole), own.forward(*ours)
-    for mine, theirs in zip((*found, *ours), (*expected, *whole), strict=True):
-        assert_equal(mine, theirs)
-        assert mine.stride() == theirs.stride()
+        expected, found = program.graph.forward(*whole), own.forward(*mine)
+    for one, other in zip((*found, *mine), (*expected, *whole), strict=True):
+        assert_equal(one, other)
+        assert one.stride() == other.stride()
 
 
 @pytest.mark.usefixtures("_ours")
@@ -86,11 +90,11 @@ def test_what_torch_multiplies_as_fast_stays(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     asked: list[tuple[int, ...]] = []
 
-    def seconds(theirs: object, ours: object, a: torch.Tensor, b: torch.Tensor) -> list[float]:
-        asked.append((*a.shape, *b.shape))
-        return [1.0, 0.9 if len(b) == 3 else 0.99]
+    def seconds(theirs: Any, own: Any) -> list[float]:
+        asked.append(tuple(size for factor in own.args for size in factor.shape))
+        return [1.0, 0.9 if len(own.args[0]) == 3 else 0.99]
 
-    monkeypatch.setattr(products, "_seconds", seconds)
+    monkeypatch.setattr(ours, "_seconds", seconds)
     many, few = (torch.ones(3, 4, 5), torch.ones(3, 5, 6)), (torch.ones(2, 4, 5), torch.ones(2, 5, 6))
     for _ in range(2):
         assert _chosen(torch.bmm, *many) == ["memberwise.product.default"]
@@ -101,11 +105,14 @@ def test_what_torch_multiplies_as_fast_stays(monkeypatch: pytest.MonkeyPatch, tm
 def test_a_trial_leaves_members_out_not_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A thousand large factors take no second gigabyte; the user's stream stays where it is."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(products, "MOST", 100)
-    shapes = []
-    monkeypatch.setattr(
-        products, "_seconds", lambda *args: [1.0, float(bool(shapes.extend(a.shape for a in args[2:])))]
-    )
+    monkeypatch.setattr(ours, "MOST", 100)
+    shapes: list[torch.Size] = []
+
+    def seconds(theirs: Any, own: Any) -> list[float]:
+        shapes.extend(factor.shape for factor in own.args)
+        return [1.0, 1.0]
+
+    monkeypatch.setattr(ours, "_seconds", seconds)
     before = torch.get_rng_state()
     _chosen(torch.bmm, torch.ones(9, 4, 5), torch.ones(1, 5, 6).expand(9, 5, 6))
     _chosen(torch.mm, torch.ones(40, 50), torch.ones(50, 60))
@@ -113,20 +120,55 @@ def test_a_trial_leaves_members_out_not_draws(monkeypatch: pytest.MonkeyPatch, t
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def _heads(rows: int = 5, width: int = 4) -> list[torch.Tensor]:
+    """Queries, keys and values of two heads, as a transformer's projection lies."""
+    made = torch.randn(3, rows, 3, 2, width)
+    return [made[:, :, k].transpose(1, 2).requires_grad_() for k in range(3)]
+
+
+def _attending(**settings: Any) -> Callable[..., torch.Tensor]:
+    """A step: attention, and the gradients of what it is given."""
+
+    def step(*given: torch.Tensor) -> torch.Tensor:
+        out = nn.functional.scaled_dot_product_attention(*given, **settings)
+        grads = torch.autograd.grad(out.square().sum(), given)
+        return torch.stack([grad.sum() for grad in grads])
+
+    return step
+
+
+@pytest.mark.usefixtures("_ours")
+def test_attention_is_ours_forward_and_backward() -> None:
+    both = [str(attention), str(attention_backward)]
+    for settings in ({}, {"is_causal": True}, {"scale": 0.3}):
+        assert _chosen(_attending(**settings), *_heads()) == both, settings
+    masked = _chosen(_attending(attn_mask=torch.ones(5, 5).tril().log()), *_heads())
+    assert not set(both) & set(masked), "ours knows no mask"
+    assert not set(both) & set(_chosen(_attending(scale=-1.0), *_heads())), "nor which score is then the highest"
+
+
+@pytest.mark.usefixtures("_ours")
+def test_of_very_many_keys_attention_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "LONGEST", 4)
+    assert not {str(attention), str(attention_backward)} & set(_chosen(_attending(), *_heads()))
+
+
 def _multiplied() -> tuple[fx.GraphModule, Callable[[], list[torch.Tensor]]]:
-    """A graph that multiplies by ours and adds to its input."""
+    """A graph that multiplies and attends by ours, and adds to its input."""
     graph = fx.Graph()
     x, y = graph.placeholder("x"), graph.placeholder("y")
     made = graph.call_function(product, (x, graph.call_function(_aten.transpose.int, (y, 1, 2))))
     graph.call_function(_aten.add_.Tensor, (x, made))
-    graph.output((graph.call_function(_aten.relu.default, (made,)),))
+    heads = graph.call_function(_aten.unsqueeze.default, (graph.call_function(_aten.relu.default, (made,)), 0))
+    out = graph.call_function(attention, (heads, heads, heads, True, 0.5))
+    graph.output((graph.call_function(operator.getitem, (out, 0)),))
     return fx.GraphModule({}, graph), lambda: [torch.full((2, 3, 3), -1.0), torch.ones(2, 3, 3)]
 
 
 def test_another_process_finds_the_kernel_without_a_compiler(tmp_path: Path) -> None:
     code = """
 import sys, torch
-from tests.parity.test_capture_products import _multiplied
+from tests.parity.test_capture_ours import _multiplied
 from memberwise._torch.entry import Entry
 from memberwise.capture.cache import Compiled
 module, trial = _multiplied()

@@ -1,0 +1,175 @@
+"""Which operations of a recording run by kernels of our own: those that are faster so, measured one by one."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from memberwise._torch.folder import get, kept_at, put
+from memberwise.capture.record import shapes
+from memberwise.kernels.attention import attention, attention_backward
+from memberwise.kernels.library import available
+from memberwise.kernels.product import product
+
+GAIN = 0.95
+"""What part of the time of torch's own an operation must take."""
+
+TIMES = 5
+
+MOST = 1 << 23
+"""Numbers in a tensor of a trial, which leaves members out above that: the time of one hardly depends on them."""
+
+LONGEST = 2048
+"""Keys whose scores, of a block of rows, stay in the cache."""
+
+
+def _multiplied(a: Any, b: Any) -> tuple[Any, ...] | None:
+    """A product with a side of one is none to Inductor, which fuses it with what is around."""
+    return (a, b) if min(*a.shape[-2:], *b.shape[-2:]) > 1 else None
+
+
+def _attended(
+    q: Any,
+    k: Any,
+    v: Any,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Any = None,
+    scale: float | None = None,
+) -> tuple[Any, ...] | None:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    fits = attn_mask is None and dropout_p == 0 and scale > 0 and k.shape[-2] <= LONGEST
+    return (q, k, v, is_causal, scale) if fits and 0 not in (*q.shape, *k.shape, *v.shape) else None
+
+
+def _attended_backward(
+    grad: Any, q: Any, k: Any, v: Any, out: Any, sums: Any, dropout_p: float, is_causal: bool, **named: Any
+) -> tuple[Any, ...] | None:
+    own = _attended(q, k, v, dropout_p, is_causal, **named)
+    return own and (grad, q, k, v, out, sums, *own[3:])
+
+
+class Ours(NamedTuple):
+    """An operation of ours.
+
+    Attributes:
+        kernel: the file that it lies in.
+        run: the operation.
+        given: its arguments, made of those of torch's; None if it does not serve these.
+    """
+
+    kernel: str
+    run: Any
+    given: Callable[..., tuple[Any, ...] | None]
+
+
+_aten = torch.ops.aten
+OURS = {
+    _aten.bmm.default: Ours("product", product, _multiplied),
+    _aten.mm.default: Ours("product", product, _multiplied),
+    _aten._scaled_dot_product_flash_attention_for_cpu.default: Ours("attention", attention, _attended),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: Ours(
+        "attention", attention_backward, _attended_backward
+    ),
+}
+"""torch's operation -> ours."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor of a recording, without its values; those of two nodes may be equal."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    node: fx.Node = field(compare=False, repr=False)
+
+    def example(self, most: int) -> torch.Tensor:
+        """One like it, of ones (a draw would advance the user's streams), of so many members at most."""
+        shape = (min(self.shape[0], most), *self.shape[1:]) if len(self.shape) > 2 else self.shape
+        return torch.empty_strided(shape, self.stride).fill_(1)
+
+
+def with_ours(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """A recording that computes the same, within rounding, by the faster of two kernels for each operation."""
+    known = [node for node in module.graph.nodes if node.target in OURS]
+    if not known or any(value.device.type != "cpu" for value in inputs):
+        return module
+    operands = _operands(module.graph, inputs)
+    ours = {node: given for node in known if (given := _served(node, operands)) and _is_faster(node, given, operands)}
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        new[node] = graph.node_copy(node, new.__getitem__)
+        if node in ours:
+            args = tuple(new[one.node] if isinstance(one, Operand) else one for one in ours[node])
+            new[node].target, new[node].args, new[node].kwargs = OURS[node.target].run, args, {}
+    return fx.GraphModule(module, graph)
+
+
+def _operands(graph: fx.Graph, inputs: Sequence[torch.Tensor]) -> dict[fx.Node, Operand]:
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    strides = {node: node.meta["kind"][1] for node in graph.nodes if "kind" in node.meta}
+    strides |= {node: value.stride() for node, value in zip(placeholders, inputs, strict=True)}
+    return {
+        node: Operand(tuple(shape), tuple(strides.get(node) or torch.empty(shape, device="meta").stride()), node)
+        for node, shape in shapes(graph, inputs).items()
+    }
+
+
+def _served(node: fx.Node, operands: dict[fx.Node, Operand]) -> tuple[Any, ...] | None:
+    """What ours takes, if it does what torch's does here: float32, and results that lie alike."""
+    own = OURS[node.target]
+    results = [one for one in node.users if one.target is operator.getitem] or [node]
+    if any(one.meta.get("dtype") is not torch.float32 for one in results):
+        return None
+    args, kwargs = fx.map_arg((node.args, node.kwargs), operands.__getitem__)
+    given = own.given(*args, **kwargs)
+    if given is None or not available(own.kernel):
+        return None
+    meta = [torch.empty_strided(one.shape, one.stride, device="meta") if _is_tensor(one) else one for one in given]
+    made = own.run(*meta)
+    alike = all((made[one.args[1]] if one is not node else made).stride() == operands[one].stride for one in results)
+    return given if alike else None
+
+
+def _is_faster(node: fx.Node, given: tuple[Any, ...], operands: dict[fx.Node, Operand]) -> bool:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), operands.__getitem__)
+    path = kept_at((str(node.target), args, kwargs, torch.get_num_threads())).with_suffix(".json")
+    faster = get(path, lambda known: bool(known["faster"]))
+    if faster is None:
+        most = max(1, min(MOST // max(1, math.prod(one.shape[1:])) for one in given if _is_tensor(one)))
+
+        def example(one: Any) -> Any:
+            return one.example(most) if _is_tensor(one) else one
+
+        theirs = functools.partial(node.target, *map(example, args), **kwargs)
+        ours = functools.partial(OURS[node.target].run, *map(example, given))
+        seconds = _seconds(theirs, ours)
+        faster = seconds[1] < GAIN * seconds[0]
+        put(path, {"faster": faster, "seconds": seconds})
+    return faster
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Operand)
+
+
+def _seconds(*runs: Callable[[], object]) -> list[float]:
+    """The least time of each, taken in turns."""
+    best = [float("inf")] * len(runs)
+    with torch.no_grad():
+        for _ in range(TIMES):
+            for k, run in enumerate(runs):
+                start = time.perf_counter()
+                run()
+                best[k] = min(best[k], time.perf_counter() - start)
+    return best

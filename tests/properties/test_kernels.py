@@ -1,0 +1,104 @@
+"""Our own kernels give what torch's do, whatever sizes and strides they are given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
+from memberwise.kernels.attention import attention, attention_backward
+from memberwise.kernels.library import available
+from memberwise.kernels.product import product
+from memberwise.testing.tolerance import assert_equal
+
+pytestmark = pytest.mark.skipif(not available("product"), reason="no C++ compiler, or a processor without AVX2")
+
+SIZES = st.one_of(st.integers(0, 40), st.sampled_from([63, 64, 193, 257, 300]))
+ORDERS = st.sampled_from(["rows", "columns", "apart", "shared"])
+
+
+def _matrix(members: int, rows: int, columns: int, order: str, seed: int) -> torch.Tensor:
+    """Members' matrices, dense by rows or by columns, with gaps, or one for all."""
+    generator = torch.Generator().manual_seed(seed)
+    if order == "columns":
+        return torch.randn(members, columns, rows, generator=generator).mT
+    if order == "apart":
+        return torch.randn(members, rows, 2, columns, 3, generator=generator)[:, :, 1, :, 1]
+    made = torch.randn(1 if order == "shared" else members, rows, columns, generator=generator)
+    return made.expand(members, rows, columns)
+
+
+@given(st.integers(1, 4), SIZES, SIZES, SIZES, ORDERS, ORDERS, st.integers(0, 99))
+@example(1, 193, 47, 257, "rows", "columns", 0)
+@example(3, 14, 32, 300, "columns", "columns", 0)
+@example(2, 5, 16, 0, "rows", "rows", 0)
+def test_products(members: int, m: int, n: int, k: int, left: str, right: str, seed: int) -> None:
+    a, b = _matrix(members, m, k, left, seed), _matrix(members, k, n, right, seed + 1)
+    found, expected = product(a, b), torch.bmm(a.double(), b.double()).float()
+    assert found.is_contiguous()
+    assert_equal(found / max(1, k) ** 0.5, expected / max(1, k) ** 0.5)
+    assert torch.equal(product(a[0], b[0]), found[0])
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 300), st.integers(0, 99))
+def test_a_value_that_is_not_finite_stays_in_its_row_and_column(m: int, n: int, k: int, seed: int) -> None:
+    a, b = torch.ones(2, m, k), torch.ones(2, k, n)
+    row, column, one = seed % m, seed % n, seed % k
+    a[0, row, one], b[1, one, column] = torch.nan, torch.inf
+    expected = torch.full((2, m, n), float(k))
+    expected[0, row], expected[1, :, column] = torch.nan, torch.inf
+    assert_equal(product(a, b), expected)
+
+
+LENGTHS = st.one_of(st.integers(1, 20), st.sampled_from([63, 64, 65, 130]))
+WIDTHS = st.sampled_from([1, 3, 8, 16, 17, 32, 40])
+
+
+def _heads(batch: int, rows: int, width: int, order: str, seed: int) -> torch.Tensor:
+    """Those of three heads, by heads, by rows, in gaps, or one for all of the batch."""
+    generator = torch.Generator().manual_seed(seed)
+    if order == "columns":
+        return torch.randn(batch, rows, 3, width, generator=generator).transpose(1, 2)
+    if order == "apart":
+        return torch.randn(batch, rows, 3, 2, width, 2, generator=generator)[:, :, :, 1, :, 1].transpose(1, 2)
+    return _matrix(batch, 3 * rows, width, order, seed).unflatten(1, (3, rows))
+
+
+@given(st.integers(1, 3), LENGTHS, LENGTHS, WIDTHS, WIDTHS, ORDERS, ORDERS, st.booleans(), st.integers(0, 99))
+@example(1, 65, 64, 32, 32, "columns", "columns", True, 0)
+@example(2, 130, 20, 16, 3, "rows", "apart", True, 0)
+def test_attention(
+    batch: int, rows: int, keys: int, width: int, wide: int, left: str, right: str, causal: bool, seed: int
+) -> None:
+    q, k = _heads(batch, rows, width, left, seed), _heads(batch, keys, width, right, seed + 1)
+    v, grad = _heads(batch, keys, wide, right, seed + 2), _heads(batch, rows, wide, left, seed + 3)
+    out, sums = attention(q, k, v, causal, 0.3)
+    alone = [x.double().requires_grad_() for x in (q, k, v)]
+    expected = scaled_dot_product_attention(*alone, is_causal=causal, scale=0.3)
+    assert_equal(out, expected.detach().float())
+    scores = (alone[0] @ alone[1].mT * 0.3).detach()
+    if causal:
+        scores = scores.masked_fill(torch.ones(rows, keys).triu(1).bool(), -torch.inf)
+    assert_equal(sums, scores.logsumexp(-1).float())
+    found = attention_backward(grad, q, k, v, out, sums, causal, 0.3)
+    for ours, theirs in zip(found, torch.autograd.grad(expected, alone, grad.double()), strict=True):
+        assert_equal(ours / rows**0.5, theirs.float() / rows**0.5)
+
+
+@given(st.integers(1, 70), st.integers(0, 69), st.sampled_from(["q", "k", "v"]))
+def test_a_head_that_is_not_finite_is_no_other_heads_matter(rows: int, one: int, which: str) -> None:
+    given = {name: torch.ones(2, 3, rows, 4) for name in "qkv"}
+    given[which][1, 2, one % rows] = torch.nan
+    out, _ = attention(*given.values(), False, 0.5)
+    assert not out[1, 2, one % rows].isfinite().any()
+    out[1, 2] = 1
+    assert_equal(out, torch.ones(2, 3, rows, 4))
+
+
+def test_scores_far_apart() -> None:
+    """The highest wins, whatever the others are; nothing overflows."""
+    q, k = torch.full((1, 1, 2, 1), 1e4), torch.tensor([1.0, -1.0, 1e3]).reshape(1, 1, 3, 1)
+    out, sums = attention(q, k, torch.tensor([1.0, 2.0, 3.0]).reshape(1, 1, 3, 1), False, 1.0)
+    assert torch.equal(out, torch.full((1, 1, 2, 1), 3.0)) and torch.equal(sums, torch.full((1, 1, 2), 1e7))
