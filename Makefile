@@ -68,10 +68,10 @@ check-mutations: $(READY) ## break each rule in turn, and demand that the tests 
 check-capture: $(READY) ## captured steps, compiled, against eager ones over 50 steps; minutes of compiling
 	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=worksteal tests/parity/check_capture.py $(ARGS)
 
-PLANS := graph one-by-one two-by-two lanes
+PLANS := graph one-by-one two-by-two lanes ours
 CAPTURED := tests/parity/test_capture*.py tests/parity/test_optim_capture.py tests/properties/test_capture.py
 
-check-plans: $(READY) ## the tests of captured steps, with each way to run them forced; five minutes
+check-plans: $(READY) ## the tests of captured steps, with each way to run them forced; six minutes
 	@for plan in $(PLANS); do echo "MEMBERWISE_PLAN=$$plan"; MEMBERWISE_PLAN=$$plan $(ONE_THREAD) $(BIN)/python -m pytest \
 		-n auto --maxprocesses=8 --dist=worksteal -m "not chooses" $(CAPTURED) || exit 1; done
 

@@ -16,6 +16,7 @@ from memberwise.testing.tolerance import assert_equal
 pytestmark = pytest.mark.skipif(not available("product"), reason="no C++ compiler, or a processor without AVX2")
 
 SIZES = st.one_of(st.integers(0, 40), st.sampled_from([63, 64, 193, 257, 300]))
+DTYPES = st.sampled_from([torch.float32, torch.float64])
 ORDERS = st.sampled_from(["rows", "columns", "apart", "shared"])
 
 
@@ -30,13 +31,13 @@ def _matrix(members: int, rows: int, columns: int, order: str, seed: int) -> tor
     return made.expand(members, rows, columns)
 
 
-@given(st.integers(1, 4), SIZES, SIZES, SIZES, ORDERS, ORDERS, st.integers(0, 99))
-@example(1, 193, 47, 257, "rows", "columns", 0)
-@example(3, 14, 32, 300, "columns", "columns", 0)
-@example(2, 5, 16, 0, "rows", "rows", 0)
-def test_products(members: int, m: int, n: int, k: int, left: str, right: str, seed: int) -> None:
-    a, b = _matrix(members, m, k, left, seed), _matrix(members, k, n, right, seed + 1)
-    found, expected = product(a, b), torch.bmm(a.double(), b.double()).float()
+@given(st.integers(1, 4), SIZES, SIZES, SIZES, ORDERS, ORDERS, DTYPES, st.integers(0, 99))
+@example(1, 193, 47, 257, "rows", "columns", torch.float32, 0)
+@example(3, 14, 32, 300, "columns", "columns", torch.float64, 0)
+@example(2, 5, 16, 0, "rows", "rows", torch.float32, 0)
+def test_products(members: int, m: int, n: int, k: int, left: str, right: str, dtype: torch.dtype, seed: int) -> None:
+    a, b = (_matrix(members, *of, seed).to(dtype) for of in ((m, k, left), (k, n, right)))
+    found, expected = product(a, b), torch.bmm(a.double(), b.double()).to(dtype)
     assert found.is_contiguous()
     assert_equal(found / max(1, k) ** 0.5, expected / max(1, k) ** 0.5)
     assert torch.equal(product(a[0], b[0]), found[0])

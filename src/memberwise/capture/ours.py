@@ -65,17 +65,19 @@ class Ours(NamedTuple):
         kernel: the file that it lies in.
         run: the operation.
         given: its arguments, made of those of torch's; None if it does not serve these.
+        dtypes: what it computes in.
     """
 
     kernel: str
     run: Any
     given: Callable[..., tuple[Any, ...] | None]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
 
 
 _aten = torch.ops.aten
 OURS = {
-    _aten.bmm.default: Ours("product", product, _multiplied),
-    _aten.mm.default: Ours("product", product, _multiplied),
+    _aten.bmm.default: Ours("product", product, _multiplied, (torch.float32, torch.float64)),
+    _aten.mm.default: Ours("product", product, _multiplied, (torch.float32, torch.float64)),
     _aten._scaled_dot_product_flash_attention_for_cpu.default: Ours("attention", attention, _attended),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: Ours(
         "attention", attention_backward, _attended_backward
@@ -90,12 +92,13 @@ class Operand:
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    dtype: torch.dtype
     node: fx.Node = field(compare=False, repr=False)
 
     def example(self, most: int) -> torch.Tensor:
         """One like it, of ones (a draw would advance the user's streams), of so many members at most."""
         shape = (min(self.shape[0], most), *self.shape[1:]) if len(self.shape) > 2 else self.shape
-        return torch.empty_strided(shape, self.stride).fill_(1)
+        return torch.empty_strided(shape, self.stride, dtype=self.dtype).fill_(1)
 
 
 def with_ours(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
@@ -119,23 +122,32 @@ def _operands(graph: fx.Graph, inputs: Sequence[torch.Tensor]) -> dict[fx.Node, 
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     strides = {node: node.meta["kind"][1] for node in graph.nodes if "kind" in node.meta}
     strides |= {node: value.stride() for node, value in zip(placeholders, inputs, strict=True)}
+    dtypes = {node: node.meta.get("dtype", torch.float32) for node in graph.nodes}
+    dtypes |= {node: value.dtype for node, value in zip(placeholders, inputs, strict=True)}
     return {
-        node: Operand(tuple(shape), tuple(strides.get(node) or torch.empty(shape, device="meta").stride()), node)
+        node: Operand(tuple(shape), strides.get(node) or _dense(shape), dtypes[node], node)
         for node, shape in shapes(graph, inputs).items()
     }
 
 
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
 def _served(node: fx.Node, operands: dict[fx.Node, Operand]) -> tuple[Any, ...] | None:
-    """What ours takes, if it does what torch's does here: float32, and results that lie alike."""
+    """What ours takes, if it does what torch's does here: in such a dtype, with results that lie alike."""
     own = OURS[node.target]
     results = [one for one in node.users if one.target is operator.getitem] or [node]
-    if any(one.meta.get("dtype") is not torch.float32 for one in results):
+    if any(one.meta.get("dtype") not in own.dtypes for one in results):
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), operands.__getitem__)
     given = own.given(*args, **kwargs)
     if given is None or not available(own.kernel):
         return None
-    meta = [torch.empty_strided(one.shape, one.stride, device="meta") if _is_tensor(one) else one for one in given]
+    meta = [
+        torch.empty_strided(one.shape, one.stride, dtype=one.dtype, device="meta") if _is_tensor(one) else one
+        for one in given
+    ]
     made = own.run(*meta)
     alike = all((made[one.args[1]] if one is not node else made).stride() == operands[one].stride for one in results)
     return given if alike else None

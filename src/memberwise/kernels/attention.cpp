@@ -9,32 +9,33 @@
 namespace {
 
 constexpr int64_t BLOCK = 64;  // rows of the scores
+constexpr int SIZE = W<float>;
 
 #if defined(__AVX512F__)
-inline V most(V a, V b) { return _mm512_max_ps(a, b); }
-inline V rounded(V x) { return _mm512_roundscale_ps(x, 0); }
-inline V doubled(V x, V times) { return _mm512_scalef_ps(x, times); }
-inline float sum_of(V x) { return _mm512_reduce_add_ps(x); }
+inline V32 most(V32 a, V32 b) { return _mm512_max_ps(a, b); }
+inline V32 rounded(V32 x) { return _mm512_roundscale_ps(x, 0); }
+inline V32 doubled(V32 x, V32 times) { return _mm512_scalef_ps(x, times); }
+inline float sum_of(V32 x) { return _mm512_reduce_add_ps(x); }
 #else
-inline V most(V a, V b) { return _mm256_max_ps(a, b); }
-inline V rounded(V x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline V doubled(V x, V times) {
+inline V32 most(V32 a, V32 b) { return _mm256_max_ps(a, b); }
+inline V32 rounded(V32 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline V32 doubled(V32 x, V32 times) {
     const __m256i power = _mm256_add_epi32(_mm256_cvtps_epi32(times), _mm256_set1_epi32(127));
     return x * _mm256_castsi256_ps(_mm256_slli_epi32(power, 23));
 }
-inline float sum_of(V x) {
-    alignas(32) float each[W];
+inline float sum_of(V32 x) {
+    alignas(32) float each[SIZE];
     store(each, x);
-    return std::accumulate(each, each + W, 0.f);
+    return std::accumulate(each, each + SIZE, 0.f);
 }
 #endif
 
 // e^x of what is at most about 0, to an ulp or two: 2^n times a polynomial; NaN stays NaN
-inline V exponential(V x) {
+inline V32 exponential(V32 x) {
     x = most(each(-87.3f), x);
-    const V n = rounded(x * each(1.44269504f));
-    const V r = fma(n, each(2.12194440e-4f), fma(n, each(-0.693359375f), x));
-    V p = each(1.9875691500e-4f);
+    const V32 n = rounded(x * each(1.44269504f));
+    const V32 r = fma(n, each(2.12194440e-4f), fma(n, each(-0.693359375f), x));
+    V32 p = each(1.9875691500e-4f);
     for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
         p = fma(p, r, each(c));
     return doubled(fma(p * r, r, r + each(1.f)), n);
@@ -43,24 +44,21 @@ inline V exponential(V x) {
 struct Heads {  // (batch, heads, rows, width)
     float* data;
     const int64_t *size, *stride;
-    Strided of(int64_t head) const {
+    Strided<float> of(int64_t head) const {
         return {data + head / size[1] * stride[0] + head % size[1] * stride[1], stride[2], stride[3]};
     }
     float* at(int64_t head, int64_t row) const { return const_cast<float*>(of(head).at(row, 0)); }
 };
 
-Strided from(Strided a, int64_t row) { return {a.at(row, 0), a.row, a.column}; }
-Strided turned(Strided a) { return {a.data, a.column, a.row}; }
-
 struct Scores {  // of BLOCK rows, each filled up to whole vectors with what counts for nothing
     int64_t pitch;
     std::unique_ptr<float[]> memory;
-    explicit Scores(int64_t keys) : pitch((keys + W - 1) / W * W), memory(new float[BLOCK * pitch]) {}
+    explicit Scores(int64_t keys) : pitch((keys + SIZE - 1) / SIZE * SIZE), memory(new float[BLOCK * pitch]) {}
     float* row(int64_t i) const { return memory.get() + i * pitch; }
-    Strided all() const { return {memory.get(), pitch, 1}; }
+    Strided<float> all() const { return {memory.get(), pitch, 1}; }
     int64_t fill(int64_t i, int64_t seen, float value) const {
         std::fill(row(i) + seen, row(i) + pitch, value);
-        return (seen + W - 1) / W * W;
+        return (seen + SIZE - 1) / SIZE * SIZE;
     }
 };
 
@@ -68,19 +66,19 @@ struct Scores {  // of BLOCK rows, each filled up to whole vectors with what cou
 inline int64_t seen_by(int64_t row, int64_t keys, bool causal) { return causal ? std::min(keys, row + 1) : keys; }
 
 void softmax(float* row, int64_t count, float scale, float& log_of_sum) {
-    V high = each(-std::numeric_limits<float>::infinity());
-    for (int64_t j = 0; j < count; j += W) high = most(high, load(row + j));
-    alignas(64) float each_high[W];
+    V32 high = each(-std::numeric_limits<float>::infinity());
+    for (int64_t j = 0; j < count; j += SIZE) high = most(high, load(row + j));
+    alignas(64) float each_high[SIZE];
     store(each_high, high);
-    const float top = *std::max_element(each_high, each_high + W);
-    V sum = each(0.f);
-    for (int64_t j = 0; j < count; j += W) {
-        const V p = exponential((load(row + j) - each(top)) * each(scale));
+    const float top = *std::max_element(each_high, each_high + SIZE);
+    V32 sum = each(0.f);
+    for (int64_t j = 0; j < count; j += SIZE) {
+        const V32 p = exponential((load(row + j) - each(top)) * each(scale));
         store(row + j, p);
         sum = sum + p;
     }
     const float all = sum_of(sum);
-    for (int64_t j = 0; j < count; j += W) store(row + j, load(row + j) * each(1 / all));
+    for (int64_t j = 0; j < count; j += SIZE) store(row + j, load(row + j) * each(1 / all));
     log_of_sum = top * scale + std::log(all);
 }
 
@@ -94,7 +92,7 @@ void attend(Heads q, Heads k, Heads v, Heads out, Heads sums, bool causal, float
         for (int64_t task = 0; task < heads * blocks; task++) {
             const int64_t head = task / blocks, begin = task % blocks * BLOCK, count = std::min(BLOCK, rows - begin);
             const int64_t seen = seen_by(begin + count - 1, keys, causal);
-            multiply(from(q.of(head), begin), turned(k.of(head)), scores.row(0), scores.pitch, count, seen, width);
+            multiply(q.of(head).from(begin, 0), k.of(head).turned(), scores.row(0), scores.pitch, count, seen, width);
             for (int64_t i = 0; i < count; i++) {
                 const int64_t own = seen_by(begin + i, keys, causal);
                 const int64_t whole = scores.fill(i, own, -std::numeric_limits<float>::max());
@@ -128,27 +126,27 @@ void attend_backward(Heads grad, Heads q, Heads k, Heads v, Heads out, Heads sum
             std::fill_n(own_v.get(), keys * wide, 0.f);
             for (int64_t begin = 0; begin < rows; begin += BLOCK) {
                 const int64_t count = std::min(BLOCK, rows - begin), seen = seen_by(begin + count - 1, keys, causal);
-                const Strided own = from(q.of(head), begin), g = from(grad.of(head), begin);
-                multiply(own, turned(k.of(head)), p.row(0), p.pitch, count, seen, width);
-                multiply(g, turned(v.of(head)), ds.row(0), ds.pitch, count, seen, wide);
+                const Strided<float> own = q.of(head).from(begin, 0), g = grad.of(head).from(begin, 0);
+                multiply(own, k.of(head).turned(), p.row(0), p.pitch, count, seen, width);
+                multiply(g, v.of(head).turned(), ds.row(0), ds.pitch, count, seen, wide);
                 for (int64_t i = 0; i < count; i++) {
                     const int64_t sees = seen_by(begin + i, keys, causal);
-                    const V sum = each(*sums.at(head, begin + i)), factor = each(scale);
+                    const V32 sum = each(*sums.at(head, begin + i)), factor = each(scale);
                     float along = 0;  // the sum of p * dp
                     for (int64_t d = 0; d < wide; d++) along += *g.at(i, d) * out.at(head, begin + i)[d * out.stride[3]];
                     const int64_t whole = p.fill(i, sees, -std::numeric_limits<float>::max());
                     ds.fill(i, sees, 0.f);
-                    for (int64_t j = 0; j < whole; j += W) {
-                        const V part = exponential(fma(load(p.row(i) + j), factor, each(0.f) - sum));
+                    for (int64_t j = 0; j < whole; j += SIZE) {
+                        const V32 part = exponential(fma(load(p.row(i) + j), factor, each(0.f) - sum));
                         store(p.row(i) + j, part);
                         store(ds.row(i) + j, part * (load(ds.row(i) + j) - each(along)) * factor);
                     }
                     p.fill(i, sees, 0.f);
                     ds.fill(i, sees, 0.f);
                 }
-                multiply(turned(p.all()), g, own_v.get(), wide, seen, wide, count, true);
+                multiply(p.all().turned(), g, own_v.get(), wide, seen, wide, count, true);
                 multiply(ds.all(), k.of(head), own_q.get() + begin * width, width, count, width, seen);
-                multiply(turned(ds.all()), own, own_k.get(), width, seen, width, count, true);
+                multiply(ds.all().turned(), own, own_k.get(), width, seen, width, count, true);
             }
             put(own_q.get(), dq, head);
             put(own_k.get(), dk, head);
