@@ -169,7 +169,7 @@ def _multiplied() -> tuple[fx.GraphModule, Callable[[], list[torch.Tensor]]]:
 
 
 def test_another_process_finds_the_kernel_without_a_compiler(tmp_path: Path) -> None:
-    """Breaks (`aot_inductor.custom_ops_to_c_shims`): wrappers in C++ would call ours by Python, or not be found at all."""
+    """Breaks (`aot_inductor.custom_ops_to_c_shims`): wrappers in C++ would call ours by Python, or not at all."""
     code = """
 import sys, torch
 from tests.parity.test_capture_ours import _multiplied
