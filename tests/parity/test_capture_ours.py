@@ -23,8 +23,7 @@ from memberwise.construction import build
 from memberwise.kernels.attention import attention, attention_backward
 from memberwise.kernels.library import available
 from memberwise.kernels.product import product
-from memberwise.testing.tolerance import assert_equal
-from tests.parity.test_capture_regions import MODELS, recorded
+from tests.parity.test_capture_regions import MODELS, assert_computes_the_same, recorded
 
 pytestmark = pytest.mark.skipif(not available("product"), reason="no C++ compiler, or a processor without AVX2")
 _aten = torch.ops.aten
@@ -65,12 +64,7 @@ def test_the_same_step(name: str) -> None:
     program = recorded(*_step_of(name))
     own = with_ours(unfused(program.graph), program.values[: program.count])
     assert any(node.target is product for node in own.graph.nodes)
-    whole, mine = program.copies(program.values), program.copies(program.values)
-    with torch.no_grad():
-        expected, found = program.graph.forward(*whole), own.forward(*mine)
-    for one, other in zip((*found, *mine), (*expected, *whole), strict=True):
-        assert_equal(one, other)
-        assert one.stride() == other.stride()
+    assert_computes_the_same(program, own, calls=1)
 
 
 @pytest.mark.usefixtures("_ours")

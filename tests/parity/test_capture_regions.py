@@ -20,6 +20,7 @@ from memberwise.capture.program import Program
 from memberwise.capture.regions import Uncut
 from memberwise.capture.repeats import repeats
 from memberwise.construction import build, stack
+from memberwise.testing.tolerance import assert_equal
 from tests.parity.test_capture import INPUTS, training
 
 LAYERS = 4
@@ -105,6 +106,17 @@ def recorded(step: Callable[..., Any], *inputs: torch.Tensor) -> Program:
     for _ in range(3):
         captured(*inputs)
     return captured.captured.programs[0]
+
+
+def assert_computes_the_same(program: Program, other: fx.GraphModule, calls: int = 2) -> None:
+    """`other`, made of a program's recording, gives and writes the same, in memory of the same order."""
+    whole, own = program.copies(program.values), program.copies(program.values)
+    with torch.no_grad():
+        for _ in range(calls):
+            expected, found = program.graph.forward(*whole), other.forward(*own)
+            for ours, theirs in zip((*found, *own), (*expected, *whole), strict=True):
+                assert_equal(ours, theirs)
+                assert ours.stride() == theirs.stride()
 
 
 def step_of(name: str, members: int = 3) -> tuple[Callable[..., Any], torch.Tensor]:

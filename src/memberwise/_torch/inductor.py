@@ -90,7 +90,7 @@ def begin_graph(
     """
     begun: Compiled | None = None
     libraries: list[_Later] = []
-    needs = [shim.library() for shim in _shims_of(module).values()]
+    needs = sorted({shim.library() for shim in _shims_of(module).values()})
     for library in needs:
         everywhere(library)
     first = _WRAPPERS[0 if _on_cpu(inputs) else -1]  # a GPU's graph of launches needs no wrapper

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -49,48 +50,26 @@ def _called(name: str, tensors: Sequence[torch.Tensor], is_causal: bool, scale: 
     getattr(library("attention"), name)(heads, ctypes.c_bool(is_causal), ctypes.c_double(scale))
 
 
-def _run(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, sums = _empty(q, k, v, is_causal, scale)
-    _called("memberwise_attention", (q, k, v, out, sums.unsqueeze(-1)), is_causal, scale)
+def _run(q: Any, k: Any, v: Any, *settings: Any) -> Any:
+    out, sums = _empty(q, k, v)
+    _called("memberwise_attention", (q, k, v, out, sums.unsqueeze(-1)), *settings)
     return out, sums
 
 
-def _empty(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _empty(q: Any, k: Any, v: Any, *_: Any) -> Any:
     batch, heads, rows, _ = q.shape
     return q.new_empty(batch, rows, heads, v.shape[-1]).transpose(1, 2), q.new_empty(batch, rows, heads).transpose(1, 2)
 
 
-def _run_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    sums: torch.Tensor,
-    is_causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, ...]:
-    found = _empty_backward(grad, q, k, v, out, sums, is_causal, scale)
-    tensors = (grad, q, k, v, out, sums.unsqueeze(-1), *found)
-    _called("memberwise_attention_backward", tensors, is_causal, scale)
+def _run_backward(*args: Any) -> Any:
+    *tensors, sums, is_causal, scale = args
+    found = _empty_backward(*args)
+    _called("memberwise_attention_backward", (*tensors, sums.unsqueeze(-1), *found), is_causal, scale)
     return found
 
 
-def _empty_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    sums: torch.Tensor,
-    is_causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, ...]:
-    return tuple(map(_dense, (q, k, v)))
+def _empty_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any) -> Any:
+    return _dense(q), _dense(k), _dense(v)
 
 
 def _dense(like: torch.Tensor) -> torch.Tensor:
