@@ -16,13 +16,17 @@ from torch import fx, nn
 
 import memberwise
 from memberwise import optim
+from memberwise._torch.entry import Entry
 from memberwise.capture import ours
+from memberwise.capture.cache import Compiled
 from memberwise.capture.ours import OURS, with_ours
 from memberwise.capture.unfused import unfused
 from memberwise.construction import build
 from memberwise.kernels.attention import attention, attention_backward
+from memberwise.kernels.convolution import convolution3x3, convolution3x3_backward
 from memberwise.kernels.library import available
 from memberwise.kernels.product import product
+from memberwise.testing.tolerance import assert_equal
 from tests.parity.test_capture_regions import MODELS, assert_computes_the_same, recorded
 
 pytestmark = pytest.mark.skipif(not available("product"), reason="no C++ compiler, or a processor without AVX2")
@@ -148,6 +152,94 @@ def test_attention_is_ours_forward_and_backward() -> None:
 def test_of_very_many_keys_attention_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "LONGEST", 4)
     assert not {str(attention), str(attention_backward)} & set(_chosen(_attending(), *_heads()))
+
+
+def _convolving(*settings: Any) -> Callable[..., torch.Tensor]:
+    """A step: a convolution, and the gradients of what it is given."""
+
+    def step(*given: torch.Tensor) -> torch.Tensor:
+        out = nn.functional.conv2d(*given, *settings)
+        grads = torch.autograd.grad(out.square().sum(), [one for one in given if one.requires_grad])
+        return torch.stack([grad.sum() for grad in grads])
+
+    return step
+
+
+def _images(deep: int = 16, wide: int = 16, taps: int = 3, **kind: Any) -> list[torch.Tensor]:
+    return [torch.randn(size, **kind, requires_grad=True) for size in ((2, deep, 6, 7), (wide, deep, taps, taps))]
+
+
+@pytest.mark.usefixtures("_ours")
+def test_convolutions_are_ours_forward_and_backward() -> None:
+    both = [str(convolution3x3), str(convolution3x3_backward)]
+    for settings in ((), (None, 1, 1), (None, 1, (2, 0))):
+        assert _chosen(_convolving(*settings), *_images()) == both, settings
+    grouped = _images(16, 32)
+    grouped[0] = torch.randn(2, 32, 6, 7, requires_grad=True)
+    assert _chosen(_convolving(None, 1, 1, 1, 2), *grouped) == both
+    frozen = _images()
+    frozen[0].requires_grad_(False)
+    assert _chosen(_convolving(), *frozen)[1:] == ["aten.convolution_backward.default"], "ours makes both gradients"
+
+
+@pytest.mark.usefixtures("_ours")
+def test_other_convolutions_are_torchs() -> None:
+    both = {str(convolution3x3), str(convolution3x3_backward)}
+    for settings in ((None, 2), (None, 1, 1, 2), (None, 1, 3)):
+        assert not both & set(_chosen(_convolving(*settings), *_images())), settings
+    assert str(convolution3x3) not in _chosen(_convolving(torch.ones(16)), *_images()), "ours adds no bias"
+    for images in (_images(8), _images(16, 8), _images(taps=1), _images(taps=5), _images(dtype=torch.float64)):
+        assert not both & set(_chosen(_convolving(), *images)), images[1].shape
+
+
+class _Residual(nn.Module):
+    """Channels that fill a vector, and some more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 18, 3, padding=1, bias=False), nn.BatchNorm2d(18)
+        self.second, self.third = (nn.Conv2d(18, 18, 3, padding=1, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.first(x)).relu()
+        return self.third(self.second(x).relu()) + x
+
+
+@pytest.mark.usefixtures("_ours")
+def test_the_same_step_of_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "residual", (_Residual, (4, 3, 7, 6)))
+    program = recorded(*_step_of("residual"))
+    own = with_ours(unfused(program.graph), program.values[: program.count])
+    served = [node.target for node in own.graph.nodes if "convolution3x3" in str(node.target)]
+    assert served == [convolution3x3] * 2 + [convolution3x3_backward] * 2
+    assert_computes_the_same(program, own, calls=1)
+
+
+def _convolved() -> tuple[fx.GraphModule, Callable[[], list[torch.Tensor]]]:
+    """A graph that convolves by ours, forward and backward."""
+    graph = fx.Graph()
+    x, w = graph.placeholder("x"), graph.placeholder("w")
+    out = graph.call_function(convolution3x3, (x, w, 1, 1, 1))
+    back = graph.call_function(convolution3x3_backward, (out, x, w, 1, 1, 1))
+    graph.output((out, *(graph.call_function(operator.getitem, (back, k)) for k in range(2))))
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(size, generator=generator) for size in ((2, 16, 5, 5), (16, 16, 3, 3))]
+    return fx.GraphModule({}, graph), lambda: [one.clone() for one in given]
+
+
+def test_a_compiled_convolution_that_is_not_finite_is_torchs() -> None:
+    """By the function in C as by Python."""
+    module, trial = _convolved()
+    run = Compiled(1, "inductor").get(module, trial(), trial)
+    assert isinstance(run, Entry)
+    for value in (1.0, torch.nan, torch.inf):
+        x, w = trial()
+        x[1, 3, 2, 2] = value
+        expected = _aten.convolution(x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+        settings = [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+        grads = _aten.convolution_backward(expected, x, w, None, *settings)[:2]
+        for found, theirs in zip(run(x, w), (expected, *grads), strict=True):
+            assert_equal(found / 10, theirs / 10)
 
 
 def _multiplied() -> tuple[fx.GraphModule, Callable[[], list[torch.Tensor]]]:

@@ -16,6 +16,7 @@ from torch import fx
 from memberwise._torch.folder import get, kept_at, put
 from memberwise.capture.record import shapes
 from memberwise.kernels.attention import attention, attention_backward
+from memberwise.kernels.convolution import convolution3x3, convolution3x3_backward
 from memberwise.kernels.library import available
 from memberwise.kernels.product import product
 
@@ -58,6 +59,23 @@ def _attended_backward(
     return own and (grad, q, k, v, out, sums, *own[3:])
 
 
+NARROWEST = 16
+"""Channels of a member's convolution, in and out: a vector of them lies side by side."""
+
+
+def _convolved(x: Any, w: Any, bias: Any, stride: Any, padding: Any, *rest: Any) -> tuple[Any, ...] | None:
+    *common, groups = rest
+    fits = bias is None and common == [[1, 1], False, [0, 0]] and stride == [1, 1] and w.shape[2:] == (3, 3)
+    wide = fits and min(w.shape[1], w.shape[0] // groups) >= NARROWEST
+    return (x, w, *padding, groups) if wide and max(padding) <= 2 and 0 not in x.shape else None
+
+
+def _convolved_backward(grad: Any, x: Any, w: Any, sizes: Any, *rest: Any) -> tuple[Any, ...] | None:
+    *common, wanted = rest
+    own = _convolved(x, w, None, *common) if wanted == [True, True, False] else None
+    return own and (grad, *own)
+
+
 class Ours(NamedTuple):
     """An operation of ours.
 
@@ -66,12 +84,14 @@ class Ours(NamedTuple):
         run: the operation.
         given: its arguments, made of those of torch's; None if it does not serve these.
         dtypes: what it computes in.
+        by_member: whether its tensors' first dimension are members, or else heads of them.
     """
 
     kernel: str
     run: Any
     given: Callable[..., tuple[Any, ...] | None]
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    by_member: bool = True
 
 
 _aten = torch.ops.aten
@@ -81,6 +101,10 @@ OURS = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default: Ours("attention", attention, _attended),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: Ours(
         "attention", attention_backward, _attended_backward
+    ),
+    _aten.convolution.default: Ours("convolution", convolution3x3, _convolved, by_member=False),
+    _aten.convolution_backward.default: Ours(
+        "convolution", convolution3x3_backward, _convolved_backward, by_member=False
     ),
 }
 """torch's operation -> ours."""
@@ -158,7 +182,9 @@ def _is_faster(node: fx.Node, given: tuple[Any, ...], operands: dict[fx.Node, Op
     path = kept_at((str(node.target), args, kwargs, torch.get_num_threads())).with_suffix(".json")
     faster = get(path, lambda known: bool(known["faster"]))
     if faster is None:
-        most = max(1, min(MOST // max(1, math.prod(one.shape[1:])) for one in given if _is_tensor(one)))
+        most = MOST
+        if OURS[node.target].by_member:
+            most = max(1, min(MOST // max(1, math.prod(one.shape[1:])) for one in given if _is_tensor(one)))
 
         def example(one: Any) -> Any:
             return one.example(most) if _is_tensor(one) else one
