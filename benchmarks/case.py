@@ -56,6 +56,8 @@ class Case:
     """`folded(params, buffers, *inputs, training=...)`: the model of all members by hand, each tensor (M, ...)."""
     in_jax: str | Unwritten = Unwritten("no model in JAX is written")
     """A module of `in_jax/`, with the model of one member."""
+    ahead: bool = False
+    """Whether its steps are short, and their data known ahead, so that one would hand over that of several at once."""
     flops: int | None = None
     """Of one member's step, where torch's counter does not see them."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,3 +52,13 @@ def in_torch(data: Data) -> Callable[[int], Batch]:
         return tuple(part.index_select(axis, pick) for part in rows)
 
     return batch
+
+
+def together(batch: Callable[[int], Batch], steps: int) -> Callable[[int], Batch]:
+    """Call number i gets the batches of `steps` steps, stacked."""
+    return lambda number: stacked([batch(number * steps + step) for step in range(steps)])
+
+
+def stacked(batches: Sequence[Batch]) -> Batch:
+    """Each tensor with the steps first."""
+    return tuple(map(torch.stack, zip(*batches, strict=True)))

@@ -23,6 +23,8 @@ class Running:
     returns their losses, (M,), or one prediction, (M, ...). `state()` gives the trained parameters and the buffers as
     they are now, each (M, ...), by a member's names.
 
+    With `together` more than one, `step` takes the batches of as many steps, stacked, or of fewer.
+
     A rival that is no torch code has its own `feed`, which takes all batches and answers what makes step number i of
     them, and says how many bytes it needs, `memory`.
     """
@@ -31,6 +33,7 @@ class Running:
     state: Callable[[], dict[str, Tensor]]
     feed: Callable[[feed.Data], Callable[[int], object]] | None = None
     memory: Callable[[Batch], int] | None = None
+    together: int = 1
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,7 @@ def count(each: Started, request: Request, check: Check, memory: costs.Memory, f
     if running.memory is not None:
         each.memory_bytes = running.memory(batch)
         return
+    batch = feed.stacked([batch]) if running.together > 1 else batch
     each.memory_bytes = memory.peak(lambda: running.step(batch))
     each.kernels = costs.kernels(lambda: running.step(batch), request.device)
 
@@ -295,11 +296,15 @@ def clock(request: Request, case: Case, started: list[Started], batches: list[Ba
 
     def step_of(running: Running) -> timing.Step:
         batch, step = (running.feed or feed.in_torch)(data), running.step
+        if running.together > 1:
+            batch = feed.together(batch, running.together)
         return lambda number: step(batch(number))
 
     running = {each.rival.name: each for each in started if each.running is not None}
     steps = {name: step_of(each.running) for name, each in running.items()}
-    for name, samples in timing.interleaved(steps, request.pace, finish=timing.finisher(request.device)).items():
+    calls = {name: each.running.together for name, each in running.items()}
+    finish = timing.finisher(request.device)
+    for name, samples in timing.interleaved(steps, request.pace, finish=finish, together=calls).items():
         running[name].samples = samples
         running[name].running = None
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 Step = Callable[[int], object]
-"""Runs training step number i."""
+"""Runs training step number i, or the i-th call of several steps."""
 
 
 def nothing() -> None:
@@ -33,11 +33,12 @@ class Pace:
 
 @dataclass
 class Runner:
-    """One rival at the start: how many steps a block has, what it has measured and what that took."""
+    """One rival at the start: how many calls a block has and steps a call, what it has measured and what that took."""
 
     step: Step
     finish: Callable[[], None] = nothing
-    steps: int = 1
+    together: int = 1
+    calls: int = 1
     done: int = 0
     spent: float = 0.0
     samples: list[float] = field(default_factory=list)
@@ -45,27 +46,31 @@ class Runner:
     def block(self) -> float:
         """Seconds a step, over one block."""
         begin = time.perf_counter()
-        for number in range(self.done, self.done + self.steps):
+        for number in range(self.done, self.done + self.calls):
             self.step(number)
         self.finish()
         took = time.perf_counter() - begin
-        self.done += self.steps
+        self.done += self.calls
         self.spent += took
-        return took / self.steps
+        return took / self.calls / self.together
 
 
 def interleaved(
-    steps: dict[str, Step], pace: Pace, seed: int = 0, finish: Callable[[], None] = nothing
+    steps: dict[str, Step],
+    pace: Pace,
+    seed: int = 0,
+    finish: Callable[[], None] = nothing,
+    together: Mapping[str, int] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds a step in each round, by rival. Sample i of one and sample i of another were neighbours.
 
     The order within a round is drawn anew for each. A rival whose budget is spent runs in no further round:
-    it has fewer samples than `pace.rounds`, and at least one.
+    it has fewer samples than `pace.rounds`, and at least one. `together` says whose calls are several steps.
     """
     order = random.Random(seed)
-    runners = {name: Runner(step, finish) for name, step in steps.items()}
+    runners = {name: Runner(step, finish, (together or {}).get(name, 1)) for name, step in steps.items()}
     for runner in runners.values():
-        runner.steps = _steps_of_a_block(runner, pace)
+        runner.calls = _calls_of_a_block(runner, pace)
     for number in range(pace.rounds):
         names = [name for name, runner in runners.items() if number == 0 or runner.spent < pace.budget_s]
         for name in order.sample(names, len(names)):
@@ -73,10 +78,10 @@ def interleaved(
     return {name: runner.samples for name, runner in runners.items()}
 
 
-def _steps_of_a_block(runner: Runner, pace: Pace) -> int:
+def _calls_of_a_block(runner: Runner, pace: Pace) -> int:
     """As many as fill `block_s`, by a first block of three (or one, if one is long)."""
     first = runner.block()
-    if first < pace.block_s:
-        runner.steps = 3
+    if first * runner.together < pace.block_s:
+        runner.calls = 3
         first = min(first, runner.block())
-    return max(1, round(pace.block_s / first))
+    return max(1, round(pace.block_s / first / runner.together))

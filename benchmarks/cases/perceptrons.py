@@ -46,6 +46,7 @@ W1 = Case(
     objective="cross_entropy",
     folded=folded.perceptron,
     in_jax="perceptron",
+    ahead=True,
 )
 BFLOAT16 = replace(
     W1,

@@ -12,6 +12,7 @@ from benchmarks.rivals import (
     loop_graph,
     memberwise_captured,
     memberwise_eager,
+    memberwise_steps,
     one,
     tensordict_vmap,
     vmap,
@@ -39,6 +40,7 @@ RIVALS: dict[str, Rival] = {
         jax_vmap,
         memberwise_eager,
         memberwise_captured,
+        memberwise_steps,
     )
 }
 

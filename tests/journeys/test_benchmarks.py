@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import doctest
+import itertools
 import json
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,23 @@ def test_a_captured_rival_is_started_and_checked_too(tiny: Case, monkeypatch: py
     monkeypatch.setitem(RIVALS, "captured", captured_by())
     (figure,) = row.measure(ask("captured"))["figures"]
     assert (figure["status"], figure["why"]) == ("timed", "")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_several_steps_in_a_call_are_checked_as_steps_and_timed_by_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CASES, "tiny", replace(CASES["tiny"], ahead=True))
+    monkeypatch.setattr(memberwise, "compile", partial(memberwise.compile, backend="fx"))
+    calls: list[int] = []
+    real = timing.interleaved
+
+    def interleaved(steps: Any, *args: Any, together: dict[str, int], **named: Any) -> Any:
+        calls.append(together["memberwise-steps"])
+        return real(steps, *args, together=together, **named)
+
+    monkeypatch.setattr(timing, "interleaved", interleaved)
+    figures = row.measure(ask("loop", "memberwise-steps"))["figures"]
+    assert [figure["status"] for figure in figures] == ["timed"] * 2, figures
+    assert calls == [8]
 
 
 def test_a_captured_rival_that_fell_back_to_eager_steps_has_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,6 +371,14 @@ def test_every_round_times_every_rival_once_in_a_changing_order() -> None:
 def test_a_sample_is_the_time_of_one_step() -> None:
     samples = timing.interleaved({"sleep": lambda number: time.sleep(0.002)}, timing.Pace(2, 0.01, 60))
     assert all(sample >= 0.002 for sample in samples["sleep"])
+
+
+def test_of_a_call_of_several_steps_a_sample_is_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing.time, "perf_counter", partial(next, itertools.count(step=8)))
+    samples = timing.interleaved(
+        {"eight seconds": lambda number: None}, timing.Pace(2, 1, 60), together={"eight seconds": 4}
+    )
+    assert samples == {"eight seconds": [2.0, 2.0]}
 
 
 def test_steps_are_numbered_on_so_that_each_sees_the_next_batch() -> None:
