@@ -30,7 +30,7 @@ WORTH = 150e-6
 MLP, M = 1: 90 to 110 us), and to compile another takes seconds."""
 
 GROWTH = 8
-"""How many times as many members each candidate has."""
+"""How many times as many members each candidate has; the best one's neighbours, of half and twice as many, follow."""
 
 BUDGET = 20.0
 """Seconds of compiling candidates, after which no further one is."""
@@ -41,6 +41,9 @@ operations gain more by it than few large ones. (MLPs, M = 10 to 1000, beyond it
 
 UNCOMPILED = "operation by operation"
 """The way of a recording that runs as it was recorded."""
+
+CLEARLY = 0.98
+"""The part of the best's time that a candidate must take to replace it: less is noise."""
 
 TRIAL = 0.2
 """Seconds for which each candidate is timed."""
@@ -135,23 +138,42 @@ class Planner(Chunker):
         best, choice = self.at_once(), Candidate()
         (seconds,) = self._seconds(best)
         found, why = self._tried(seconds)
-        told, end = [], time.monotonic() + BUDGET
+        told: list[str] = []
+        end = time.monotonic() + BUDGET
         for part, candidate, prepared in found:
             if part > HOPE:
                 break
-            progress.told(f"compiling a step for members {candidate}")
-            try:
-                chunks = self.of(prepared, candidate.lanes)
-            except Unfit as reason:
-                told.append(str(reason))
-                continue
-            now, own = self._seconds(best, chunks)
-            told.append(f"{candidate} {own * 1e3:.2f} ms, {choice} {now * 1e3:.2f}")
-            if own < now:
-                best, choice = chunks, candidate
+            best, choice = self._faster(best, choice, candidate, prepared, told)
             if time.monotonic() > end:
                 break
+        tried = {(candidate.size, candidate.lanes) for _, candidate, _ in found}
+        while choice.size and time.monotonic() < end and (beside := self._beside(choice, tried)):
+            best, choice = self._faster(best, choice, *beside, told)
         return self._or_uncompiled(best, choice, told) or (best, choice, "; ".join(told) or why)
+
+    def _faster(
+        self, best: Run, choice: Candidate, candidate: Candidate, prepared: Prepared, told: list[str]
+    ) -> tuple[Run, Candidate]:
+        """The best so far, or a candidate, compiled."""
+        progress.told(f"compiling a step for members {candidate}")
+        try:
+            chunks = self.of(prepared, candidate.lanes)
+        except Unfit as reason:
+            told.append(str(reason))
+            return best, choice
+        now, own = self._seconds(best, chunks)
+        told.append(f"{candidate} {own * 1e3:.2f} ms, {choice} {now * 1e3:.2f}")
+        return (chunks, candidate) if own < CLEARLY * now else (best, choice)
+
+    def _beside(self, choice: Candidate, tried: set[tuple[int, int]]) -> tuple[Candidate, Prepared] | None:
+        """One with half or twice as many members as the best that was not tried yet; it is then."""
+        for size in (choice.size // 2, 2 * choice.size):
+            candidate = choice._replace(size=size)
+            if 1 <= size <= self.whole.members // max(2, choice.lanes) and (size, choice.lanes) not in tried:
+                tried.add((size, choice.lanes))
+                with contextlib.suppress(Unfit):
+                    return candidate, self.prepared(size, choice.way)
+        return None
 
     def _or_uncompiled(self, best: Run, choice: Candidate, told: list[str]) -> tuple[Run, Candidate, str] | None:
         """The recording as it is, where that is faster: some kernels of torch's beat what a compiler makes of them."""
