@@ -17,7 +17,7 @@ from torch import fx, nn
 import memberwise
 from memberwise import optim
 from memberwise._torch.entry import Entry
-from memberwise.capture import ours
+from memberwise.capture import layout, ours
 from memberwise.capture.cache import Compiled
 from memberwise.capture.ours import OURS, with_ours
 from memberwise.capture.unfused import unfused
@@ -212,6 +212,22 @@ def test_the_same_step_of_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     own = with_ours(unfused(program.graph), program.values[: program.count])
     served = [node.target for node in own.graph.nodes if "convolution3x3" in str(node.target)]
     assert served == [convolution3x3] * 2 + [convolution3x3_backward] * 2
+    assert_computes_the_same(program, own, calls=1)
+
+
+@pytest.mark.usefixtures("_ours")
+def test_with_the_channels_last_convolutions_are_torchs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ours make and take them second: what lies otherwise is known, of copies too."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(layout, "channels_last_is_faster", lambda *_: True)
+    monkeypatch.setitem(MODELS, "residual", (_Residual, (4, 3, 7, 6)))
+    program = recorded(*_step_of("residual"))
+    given = program.values[: program.count]
+    relaid, last = layout.laid_out(program.graph, lambda: [value.detach().clone() for value in given], program.outputs)
+    assert last
+    own = with_ours(unfused(relaid), given)
+    assert not any("convolution3x3" in str(node.target) for node in own.graph.nodes)
+    assert any(node.target is _aten.convolution.default for node in own.graph.nodes)
     assert_computes_the_same(program, own, calls=1)
 
 

@@ -112,6 +112,8 @@ class _Relaying:
             (node.args, node.kwargs), lambda one: other[one][1] if one in other else self.values[one]
         )
         self.values[node] = target(*args, **kwargs)
+        if isinstance(self.values[node], torch.Tensor):
+            _note(self.new[node], self.values[node])
 
     def _with_channels_last(self, image: fx.Node) -> tuple[fx.Node, torch.Tensor]:
         value = self.values[image]
@@ -125,8 +127,10 @@ class _Relaying:
 
     def _copied(self, one: fx.Node, order: torch.memory_format) -> tuple[fx.Node, torch.Tensor]:
         node = self.graph.call_function(_aten.clone.default, (self.new[one],), {"memory_format": order})
+        value = self.values[one].clone(memory_format=order)
         node.meta = dict(one.meta)
-        return node, self.values[one].clone(memory_format=order)
+        _note(node, value)
+        return node, value
 
     def _result(self, index: int, node: fx.Node) -> fx.Node:
         """In the memory order that it had."""
@@ -136,6 +140,11 @@ class _Relaying:
         if copy.stride() != self._results[index].stride:
             raise ValueError("a result lies in an order of its own")
         return made
+
+
+def _note(node: fx.Node, value: torch.Tensor) -> None:
+    """How what it makes lies now, as a recording says it."""
+    node.meta = {**node.meta, "kind": (value.shape, value.stride()), "dtype": value.dtype}
 
 
 def channels_last_is_faster(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> bool:

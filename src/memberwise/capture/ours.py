@@ -160,6 +160,8 @@ def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _served(node: fx.Node, operands: dict[fx.Node, Operand]) -> tuple[Any, ...] | None:
     """What ours takes, if it does what torch's does here: in such a dtype, with results that lie alike."""
+    if any(one not in operands for one in node.all_input_nodes):
+        return None  # part of an operation's several results
     own = OURS[node.target]
     results = [one for one in node.users if one.target is operator.getitem] or [node]
     if any(one.meta.get("dtype") not in own.dtypes for one in results):
