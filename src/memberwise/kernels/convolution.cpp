@@ -37,7 +37,7 @@ struct Weights {
     const int64_t lanes, rows, panels;
     float* const points;
     int64_t each() const { return rows * PANEL; }
-    int64_t all() const { return panels * each(); }
+    int64_t all() const { return Points::apart(panels * each()); }
     void make(int64_t lane) const {
         weights_of(taps, lane, int(least(LANES, lanes - lane)), 0, rows, points + lane / PANEL * each() + lane % PANEL,
                    all());
@@ -51,14 +51,14 @@ struct Weights {
     // a single block makes them on the way, a few rows at a time
     void multiply_once(const Points& v, int64_t count, int64_t first, int64_t last, const Points& m,
                        float* some) const {
-        constexpr int64_t SIZE = DEEP_TAPS * PANEL;
+        const int64_t size = Points::apart(DEEP_TAPS * PANEL);
         for (int64_t panel = first; panel < last; panel++)
             for (int64_t row = 0; row < rows; row += DEEP_TAPS) {
                 const int64_t own = least(DEEP_TAPS, rows - row), end = least((panel + 1) * PANEL, lanes);
                 for (int64_t lane = panel * PANEL; lane < end; lane += LANES)
-                    weights_of(taps, lane, int(least(LANES, lanes - lane)), row, own, some + lane % PANEL, SIZE);
+                    weights_of(taps, lane, int(least(LANES, lanes - lane)), row, own, some + lane % PANEL, size);
                 for (int k = 0; k < POINTS; k++)
-                    multiply<float>({v.at(k, 0, row), v.pitch, 1}, {some + k * SIZE, PANEL, 1},
+                    multiply<float>({v.at(k, 0, row), v.pitch, 1}, {some + k * size, PANEL, 1},
                                     m.at(k, 0, (panel - first) * PANEL), m.pitch, count, PANEL, own, row > 0);
             }
     }
@@ -72,7 +72,7 @@ bool convolve(const Images& in, const Images& out, int64_t images, const Taps& t
     const bool once = blocks.count == 1;
     const int64_t parts = once ? least(panels, threads()) : 1, tasks = blocks.count * parts;
     const Weights weights{taps, out.channels, in.channels, panels,
-                          once ? nullptr : all.of(POINTS * in.channels * panels * PANEL)};
+                          once ? nullptr : all.of(Points::all(panels * in.channels, PANEL))};
     bool right = true;
 #pragma omp parallel reduction(&& : right) num_threads(threads())
     {
@@ -87,8 +87,8 @@ bool convolve(const Images& in, const Images& out, int64_t images, const Taps& t
             const int64_t block = task / parts, part = task % parts, count = blocks.size(block);
             const int64_t first = panels * part / parts, last = panels * (part + 1) / parts;
             const int64_t deep = whole(in.channels, LANES) + LINE, wide = (last - first) * PANEL + LINE;
-            const int64_t v_size = POINTS * blocks.most * deep, m_size = POINTS * blocks.most * wide;
-            float* const memory = own.of(v_size + m_size + blocks.strip() + POINTS * DEEP_TAPS * PANEL);
+            const int64_t v_size = Points::all(blocks.most, deep), m_size = Points::all(blocks.most, wide);
+            float* const memory = own.of(v_size + m_size + blocks.strip() + Points::all(DEEP_TAPS, PANEL));
             float* const strip = memory + v_size + m_size;
             const Points v(memory, blocks.most, deep), m(memory + v_size, blocks.most, wide);
             blocks.numbers(in, block, strip, v);
@@ -106,8 +106,9 @@ bool weigh(const Images& in, const Images& grad, const Blocks& blocks, int64_t f
     static thread_local Scratch own;
     const int64_t deep = whole(in.channels, LANES), high = last - first;
     const int64_t step = blocks.count == 1 ? least(high, PANEL) : high;  // rows of the sums that are kept
-    const int64_t v_pitch = deep + LINE, z_pitch = whole(high, LANES) + LINE, size = step * deep;
-    const int64_t v_size = POINTS * blocks.most * v_pitch, z_size = POINTS * blocks.most * z_pitch;
+    const int64_t v_pitch = deep + LINE, z_pitch = whole(high, LANES) + LINE;
+    const int64_t size = Points::apart(step * deep);
+    const int64_t v_size = Points::all(blocks.most, v_pitch), z_size = Points::all(blocks.most, z_pitch);
     float* const memory = own.of(v_size + z_size + POINTS * size + blocks.strip());
     float *const sums = memory + v_size + z_size, *const strip = sums + POINTS * size;
     const Points v(memory, blocks.most, v_pitch), z(memory + v_size, blocks.most, z_pitch);

@@ -78,10 +78,13 @@ void segments(const Tiles& tiles, int64_t begin, int64_t end, const Run& run) {
     }
 }
 
-struct Points {  // 16 matrices of (tiles, channels)
+// 16 matrices of (tiles, channels); a line lies between two, for 16 at one distance of a page share a set of the cache
+struct Points {
     float* data;
     int64_t pitch, size;
-    Points(float* data, int64_t tiles, int64_t pitch) : data(data), pitch(pitch), size(tiles * pitch) {}
+    static int64_t apart(int64_t numbers) { return whole(numbers, LINE) + LINE; }
+    static int64_t all(int64_t tiles, int64_t pitch) { return POINTS * apart(tiles * pitch); }
+    Points(float* data, int64_t tiles, int64_t pitch) : data(data), pitch(pitch), size(apart(tiles * pitch)) {}
     float* at(int point, int64_t tile, int64_t channel) const { return data + point * size + tile * pitch + channel; }
 };
 
