@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -99,14 +99,16 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         if self.shared:
             return [self.batch(generator) for _ in range(count)]
-        return [
-            tuple(torch.stack(parts) for parts in zip(*(self.batch(generator) for _ in range(members)), strict=True))
-            for _ in range(count)
-        ]
+        return [side_by_side([self.batch(generator) for _ in range(members)]) for _ in range(count)]
 
     def of_member(self, batch: Batch, member: int) -> Batch:
         """What one member sees of a batch."""
         return batch if self.shared else tuple(part[member] for part in batch)
+
+
+def side_by_side(batches: Sequence[Batch]) -> Batch:
+    """Each tensor of all of them, stacked."""
+    return tuple(map(torch.stack, zip(*batches, strict=True)))
 
 
 def watched(model: nn.Module) -> dict[str, Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.case import Batch, Case
+from benchmarks.case import Batch, Case, side_by_side
 
 
 class Data(NamedTuple):
@@ -56,9 +56,4 @@ def in_torch(data: Data) -> Callable[[int], Batch]:
 
 def together(batch: Callable[[int], Batch], steps: int) -> Callable[[int], Batch]:
     """Call number i gets the batches of `steps` steps, stacked."""
-    return lambda number: stacked([batch(number * steps + step) for step in range(steps)])
-
-
-def stacked(batches: Sequence[Batch]) -> Batch:
-    """Each tensor with the steps first."""
-    return tuple(map(torch.stack, zip(*batches, strict=True)))
+    return lambda number: side_by_side([batch(number * steps + step) for step in range(steps)])

@@ -25,8 +25,8 @@ class Running:
 
     With `together` more than one, `step` takes the batches of as many steps, stacked, or of fewer.
 
-    A rival that is no torch code has its own `feed`, which takes all batches and answers what makes step number i of
-    them, and says how many bytes it needs, `memory`.
+    Such a rival, and one that is no torch code, has its own `feed`, which takes all batches and answers what makes call
+    number i of them; the latter says how many bytes it needs, `memory`.
     """
 
     step: Callable[[Batch], Tensor]

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 import torch
 
 from benchmarks import costs, feed, limits, schema, timing, verify
-from benchmarks.case import Batch, Case
+from benchmarks.case import Batch, Case, side_by_side
 from benchmarks.cases import CASES
 from benchmarks.rival import Cannot, Rival, Running
 from benchmarks.rivals import RIVALS
@@ -275,7 +275,7 @@ def count(each: Started, request: Request, check: Check, memory: costs.Memory, f
     if running.memory is not None:
         each.memory_bytes = running.memory(batch)
         return
-    batch = feed.stacked([batch]) if running.together > 1 else batch
+    batch = side_by_side([batch]) if running.together > 1 else batch
     each.memory_bytes = memory.peak(lambda: running.step(batch))
     each.kernels = costs.kernels(lambda: running.step(batch), request.device)
 
@@ -296,8 +296,6 @@ def clock(request: Request, case: Case, started: list[Started], batches: list[Ba
 
     def step_of(running: Running) -> timing.Step:
         batch, step = (running.feed or feed.in_torch)(data), running.step
-        if running.together > 1:
-            batch = feed.together(batch, running.together)
         return lambda number: step(batch(number))
 
     running = {each.rival.name: each for each in started if each.running is not None}

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks import feed
-from benchmarks.case import Batch, Case, watched
+from benchmarks.case import Batch, Case, side_by_side, watched
 from benchmarks.rival import Running
 from memberwise.testing.tolerance import tolerance
 
@@ -87,7 +86,7 @@ def _predict(case: Case, model: nn.Module, batches: list[Batch]) -> tuple[list[T
 def of_running(running: Running, batches: list[Batch]) -> Trajectory:
     """The same of a started rival; what it returns is copied, for it may be written to again."""
     if running.together > 1:
-        losses = running.step(feed.stacked(batches)).detach().clone()
+        losses = running.step(side_by_side(batches)).detach().clone()
     else:
         losses = torch.stack([running.step(batch).detach().clone() for batch in batches])
     return Trajectory(losses, {name: value.detach().clone() for name, value in running.state().items()})

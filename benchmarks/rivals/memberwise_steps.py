@@ -8,6 +8,7 @@ from functools import partial
 from torch import nn
 
 import memberwise
+from benchmarks import feed
 from benchmarks.case import Case
 from benchmarks.rival import Cannot, Rival, Running
 from benchmarks.rivals import memberwise_eager
@@ -19,7 +20,8 @@ def start(case: Case, models: list[nn.Module]) -> Running:
     if not (case.ahead and case.trains):
         raise Cannot("a step is long, or no training: it has one call")
     capture = partial(memberwise.compile, steps_per_call=STEPS)
-    return replace(memberwise_eager.start(case, models, capture), together=STEPS)
+    running = memberwise_eager.start(case, models, capture)
+    return replace(running, together=STEPS, feed=lambda data: feed.together(feed.in_torch(data), STEPS))
 
 
 RIVAL = Rival(

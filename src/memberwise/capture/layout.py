@@ -20,7 +20,7 @@ from memberwise._torch.folder import get, kept_at, put
 from memberwise.capture.aliases import Aliases, tensor_at
 from memberwise.capture.cache import structure
 from memberwise.capture.program import Like
-from memberwise.capture.record import shapes
+from memberwise.capture.record import note, shapes
 from memberwise.capture.views import with_fewer_views
 
 GAIN = 0.7
@@ -113,7 +113,7 @@ class _Relaying:
         )
         self.values[node] = target(*args, **kwargs)
         if isinstance(self.values[node], torch.Tensor):
-            _note(self.new[node], self.values[node])
+            note(self.new[node], self.values[node])
 
     def _with_channels_last(self, image: fx.Node) -> tuple[fx.Node, torch.Tensor]:
         value = self.values[image]
@@ -129,7 +129,7 @@ class _Relaying:
         node = self.graph.call_function(_aten.clone.default, (self.new[one],), {"memory_format": order})
         value = self.values[one].clone(memory_format=order)
         node.meta = dict(one.meta)
-        _note(node, value)
+        note(node, value)
         return node, value
 
     def _result(self, index: int, node: fx.Node) -> fx.Node:
@@ -140,11 +140,6 @@ class _Relaying:
         if copy.stride() != self._results[index].stride:
             raise ValueError("a result lies in an order of its own")
         return made
-
-
-def _note(node: fx.Node, value: torch.Tensor) -> None:
-    """How what it makes lies now, as a recording says it."""
-    node.meta = {**node.meta, "kind": (value.shape, value.stride()), "dtype": value.dtype}
 
 
 def channels_last_is_faster(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> bool:

@@ -166,12 +166,12 @@ class Recorder(DispatchMode):
     def _name_results(self, node: fx.Node, out: Any) -> None:
         if isinstance(out, torch.Tensor):
             self._nodes[out] = node
-            node.meta["kind"], node.meta["dtype"] = (out.shape, out.stride()), out.dtype
+            note(node, out)
             return
         for index, made in enumerate(out or ()):
             if isinstance(made, torch.Tensor):
                 own = self._nodes[made] = self._append(operator.getitem, (node, index), {})
-                own.meta["kind"], own.meta["dtype"] = (made.shape, made.stride()), made.dtype
+                note(own, made)
             elif not isinstance(made, int | None):
                 raise TypeError(f"a result of type {type(made).__name__}")
 
@@ -279,6 +279,11 @@ def _foreign(func: Any, leaves: list[Any]) -> Refusal | None:
 
 def _is_subclass(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and not is_plain(leaf)
+
+
+def note(node: fx.Node, value: torch.Tensor) -> None:
+    """How what a node makes lies, and in which dtype it is."""
+    node.meta |= {"kind": (value.shape, value.stride()), "dtype": value.dtype}
 
 
 def shapes(graph: fx.Graph, inputs: Iterable[torch.Tensor]) -> dict[fx.Node, tuple[int, ...]]:

@@ -11,13 +11,12 @@ namespace {
 constexpr int64_t BLOCK = 64;  // rows of the scores
 constexpr int SIZE = W<float>;
 
+inline V32 most(V32 a, V32 b) { return SIMD(max_ps)(a, b); }
 #if defined(__AVX512F__)
-inline V32 most(V32 a, V32 b) { return _mm512_max_ps(a, b); }
 inline V32 rounded(V32 x) { return _mm512_roundscale_ps(x, 0); }
 inline V32 doubled(V32 x, V32 times) { return _mm512_scalef_ps(x, times); }
 inline float sum_of(V32 x) { return _mm512_reduce_add_ps(x); }
 #else
-inline V32 most(V32 a, V32 b) { return _mm256_max_ps(a, b); }
 inline V32 rounded(V32 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline V32 doubled(V32 x, V32 times) {
     const __m256i power = _mm256_add_epi32(_mm256_cvtps_epi32(times), _mm256_set1_epi32(127));

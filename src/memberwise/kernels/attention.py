@@ -11,25 +11,7 @@ from typing import Any
 
 import torch
 
-from memberwise._torch.inductor import Shim, put_shim
-from memberwise.kernels.library import library
-
-_LIBRARY = torch.library.Library("memberwise", "FRAGMENT")
-_TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
-_SETTINGS = "bool is_causal, float scale"
-_LIBRARY.define(f"attention(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)", tags=_TAGS)
-_LIBRARY.define(
-    f"attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums, {_SETTINGS}) "
-    "-> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
-
-attention = torch.ops.memberwise.attention.default
-"""`softmax(scale * q @ k.mT) @ v`, and the logarithms of the softmax's sums, of `(B, H, T, D)`, `(B, H, S, D)` and
-`(B, H, S, E)`: float32, on the CPU, of any strides. With `is_causal` row i sees the keys up to i."""
-
-attention_backward = torch.ops.memberwise.attention_backward.default
-"""The gradients of q, k and v, given that of the result, the arguments and both results."""
+from memberwise.kernels.library import library, operation
 
 
 class _Heads(ctypes.Structure):
@@ -79,15 +61,22 @@ def _dense(like: torch.Tensor) -> torch.Tensor:
     return made.permute([order.index(dim) for dim in range(like.ndim)])
 
 
-_TENSOR, _RESULT, _NUMBERS = "AtenTensorHandle", "AtenTensorHandle*", "int32_t, double"
-for _name, _run_it, _fake, _given, _results in (
-    ("attention", _run, _empty, 3, 2),
-    ("attention_backward", _run_backward, _empty_backward, 6, 3),
-):
-    _LIBRARY.impl(_name, _run_it, "CPU")
-    torch.library.register_fake(f"memberwise::{_name}", _fake, lib=_LIBRARY)
-    _types = ", ".join([_TENSOR] * _given + [_NUMBERS] + [_RESULT] * _results)
-    put_shim(
-        getattr(torch.ops.memberwise, _name).default,
-        Shim(f"AOTITorchError aoti_torch_cpu_{_name}({_types})", lambda: str(library("attention")._name)),
-    )
+attention = operation(
+    "attention(Tensor q, Tensor k, Tensor v, bool is_causal, float scale) -> (Tensor, Tensor)",
+    "attention",
+    _run,
+    _empty,
+    torch.Tag.flexible_layout,
+)
+"""`softmax(scale * q @ k.mT) @ v`, and the logarithms of the softmax's sums, of `(B, H, T, D)`, `(B, H, S, D)` and
+`(B, H, S, E)`: float32, on the CPU, of any strides. With `is_causal` row i sees the keys up to i."""
+
+attention_backward = operation(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums, "
+    "bool is_causal, float scale) -> (Tensor, Tensor, Tensor)",
+    "attention",
+    _run_backward,
+    _empty_backward,
+    torch.Tag.flexible_layout,
+)
+"""The gradients of q, k and v, given that of the result, the arguments and both results."""

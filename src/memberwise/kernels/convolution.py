@@ -12,23 +12,7 @@ from typing import Any
 
 import torch
 
-from memberwise._torch.inductor import Shim, put_shim
-from memberwise.kernels.library import library
-
-_LIBRARY = torch.library.Library("memberwise", "FRAGMENT")
-_TAGS = (torch.Tag.needs_contiguous_strides, torch.Tag.pt2_compliant_tag)
-_SETTINGS = "int top, int left, int groups"
-_LIBRARY.define(f"convolution3x3(Tensor x, Tensor w, {_SETTINGS}) -> Tensor", tags=_TAGS)
-_LIBRARY.define(
-    f"convolution3x3_backward(Tensor grad, Tensor x, Tensor w, {_SETTINGS}) -> (Tensor, Tensor)", tags=_TAGS
-)
-
-convolution3x3 = torch.ops.memberwise.convolution3x3.default
-"""`conv2d(x, w, padding=(top, left), groups=groups)` of `(N, C, H, W)` and `(O, C / groups, 3, 3)`: float32, on the
-CPU, with no more than 2 of padding."""
-
-convolution3x3_backward = torch.ops.memberwise.convolution3x3_backward.default
-"""The gradients of x and w, given that of the results and the arguments."""
+from memberwise.kernels.library import library, operation
 
 
 class _Sizes(ctypes.Structure):
@@ -82,15 +66,21 @@ def _empty_backward(grad: torch.Tensor, x: torch.Tensor, w: torch.Tensor, *_: in
     return x.new_empty(x.shape), w.new_empty(w.shape)
 
 
-_TENSOR, _RESULT, _NUMBERS = "AtenTensorHandle", "AtenTensorHandle*", ["int64_t"] * 3
-for _name, _run_it, _fake, _given, _results in (
-    ("convolution3x3", _run, _empty, 2, 1),
-    ("convolution3x3_backward", _run_backward, _empty_backward, 3, 2),
-):
-    _LIBRARY.impl(_name, _run_it, "CPU")
-    torch.library.register_fake(f"memberwise::{_name}", _fake, lib=_LIBRARY)
-    _types = ", ".join([_TENSOR] * _given + _NUMBERS + [_RESULT] * _results)
-    put_shim(
-        getattr(torch.ops.memberwise, _name).default,
-        Shim(f"AOTITorchError aoti_torch_cpu_{_name}({_types})", lambda: str(library("convolution")._name)),
-    )
+convolution3x3 = operation(
+    "convolution3x3(Tensor x, Tensor w, int top, int left, int groups) -> Tensor",
+    "convolution",
+    _run,
+    _empty,
+    torch.Tag.needs_contiguous_strides,
+)
+"""`conv2d(x, w, padding=(top, left), groups=groups)` of `(N, C, H, W)` and `(O, C / groups, 3, 3)`: float32, on the
+CPU, with no more than 2 of padding."""
+
+convolution3x3_backward = operation(
+    "convolution3x3_backward(Tensor grad, Tensor x, Tensor w, int top, int left, int groups) -> (Tensor, Tensor)",
+    "convolution",
+    _run_backward,
+    _empty_backward,
+    torch.Tag.needs_contiguous_strides,
+)
+"""The gradients of x and w, given that of the results and the arguments."""

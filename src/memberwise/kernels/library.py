@@ -1,16 +1,46 @@
-"""Where kernels come from: each is one `.cpp` of this folder, after what it builds on, built once on a machine."""
+"""Where kernels come from: each is one `.cpp` of this folder, after what it builds on, built once on a machine; and how
+one becomes an operation."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from memberwise._torch.inductor import built
+import torch
+
+from memberwise._torch.inductor import Shim, built, put_shim
 
 _HERE = Path(__file__).parent
 _BEFORE = {"convolution": ("multiply.h", "tiles.h")}
 """What stands before a `.cpp`, where that is more than products."""
+_OPERATIONS = torch.library.Library("memberwise", "FRAGMENT")
+_IN_C = {"Tensor": "AtenTensorHandle", "int": "int64_t", "bool": "int32_t", "float": "double"}
+"""Types of arguments, and what a function in C takes for them."""
+
+
+def operation(schema: str, file: str, run: Callable[..., Any], made: Callable[..., Any], lies: torch.Tag) -> Any:
+    """The operation of this schema, on the CPU.
+
+    Args:
+        schema: without the namespace.
+        file: the kernel that it lies in, with its function in C, `aoti_torch_cpu_` and its name.
+        run: what Python calls.
+        made: its results without values, of arguments without values.
+        lies: how its arguments have to.
+    """
+    _OPERATIONS.define(schema, tags=(lies, torch.Tag.pt2_compliant_tag))
+    name = schema.partition("(")[0]
+    _OPERATIONS.impl(name, run, "CPU")
+    torch.library.register_fake(f"memberwise::{name}", made, lib=_OPERATIONS)
+    found = getattr(torch.ops.memberwise, name).default
+    types = [_IN_C[str(one.type)] for one in found._schema.arguments] + ["AtenTensorHandle*"] * len(
+        found._schema.returns
+    )
+    declared = f"AOTITorchError aoti_torch_cpu_{name}({', '.join(types)})"
+    put_shim(found, Shim(declared, lambda: str(library(file)._name)))
+    return found
 
 
 @functools.cache

@@ -13,32 +13,27 @@ namespace {
 
 // a vector register: W numbers
 #if defined(__AVX512F__)
+#define SIMD(name) _mm512_##name
 constexpr int TALL = 14;  // rows of a tile: with two vectors of columns it fills the registers
 using V32 = __m512;
 using V64 = __m512d;
-inline V32 each(float x) { return _mm512_set1_ps(x); }
-inline V64 each(double x) { return _mm512_set1_pd(x); }
-inline V32 load(const float* p) { return _mm512_loadu_ps(p); }
-inline V64 load(const double* p) { return _mm512_loadu_pd(p); }
-inline void store(float* p, V32 x) { _mm512_storeu_ps(p, x); }
-inline void store(double* p, V64 x) { _mm512_storeu_pd(p, x); }
-inline V32 fma(V32 a, V32 b, V32 c) { return _mm512_fmadd_ps(a, b, c); }
-inline V64 fma(V64 a, V64 b, V64 c) { return _mm512_fmadd_pd(a, b, c); }
 #elif defined(__AVX2__) && defined(__FMA__)
+#define SIMD(name) _mm256_##name
 constexpr int TALL = 6;
 using V32 = __m256;
 using V64 = __m256d;
-inline V32 each(float x) { return _mm256_set1_ps(x); }
-inline V64 each(double x) { return _mm256_set1_pd(x); }
-inline V32 load(const float* p) { return _mm256_loadu_ps(p); }
-inline V64 load(const double* p) { return _mm256_loadu_pd(p); }
-inline void store(float* p, V32 x) { _mm256_storeu_ps(p, x); }
-inline void store(double* p, V64 x) { _mm256_storeu_pd(p, x); }
-inline V32 fma(V32 a, V32 b, V32 c) { return _mm256_fmadd_ps(a, b, c); }
-inline V64 fma(V64 a, V64 b, V64 c) { return _mm256_fmadd_pd(a, b, c); }
 #else
 #error "for other processors torch's own kernels serve"
 #endif
+
+inline V32 each(float x) { return SIMD(set1_ps)(x); }
+inline V64 each(double x) { return SIMD(set1_pd)(x); }
+inline V32 load(const float* p) { return SIMD(loadu_ps)(p); }
+inline V64 load(const double* p) { return SIMD(loadu_pd)(p); }
+inline void store(float* p, V32 x) { SIMD(storeu_ps)(p, x); }
+inline void store(double* p, V64 x) { SIMD(storeu_pd)(p, x); }
+inline V32 fma(V32 a, V32 b, V32 c) { return SIMD(fmadd_ps)(a, b, c); }
+inline V64 fma(V64 a, V64 b, V64 c) { return SIMD(fmadd_pd)(a, b, c); }
 
 template <class T> using Vector = std::conditional_t<sizeof(T) == 4, V32, V64>;
 template <class T> constexpr int W = sizeof(Vector<T>) / sizeof(T);

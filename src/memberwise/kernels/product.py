@@ -13,15 +13,7 @@ from typing import Any
 
 import torch
 
-from memberwise._torch.inductor import Shim, put_shim
-from memberwise.kernels.library import library
-
-_LIBRARY = torch.library.Library("memberwise", "FRAGMENT")
-_LIBRARY.define("product(Tensor a, Tensor b) -> Tensor", tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
-
-product = torch.ops.memberwise.product.default
-"""`a @ b` of `(M, m, k)` and `(M, k, n)`, or of `(m, k)` and `(k, n)`: float32 or float64, on the CPU, of any strides;
-dense."""
+from memberwise.kernels.library import library, operation
 
 
 @functools.cache
@@ -45,12 +37,6 @@ def _empty(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.new_empty(*a.shape[:-1], b.shape[-1])
 
 
-_LIBRARY.impl("product", _run, "CPU")
-torch.library.register_fake("memberwise::product", _empty, lib=_LIBRARY)
-put_shim(
-    product,
-    Shim(
-        "AOTITorchError aoti_torch_cpu_product(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*)",
-        lambda: str(library("product")._name),
-    ),
-)
+product = operation("product(Tensor a, Tensor b) -> Tensor", "product", _run, _empty, torch.Tag.flexible_layout)
+"""`a @ b` of `(M, m, k)` and `(M, k, n)`, or of `(m, k)` and `(k, n)`: float32 or float64, on the CPU, of any strides;
+dense."""

@@ -26,6 +26,18 @@ inline void put(float* p, V32 x, int n) { _mm256_maskstore_ps(p, first(n), x); }
 inline int64_t whole(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// `count` numbers of each of up to LANES lanes, `apart` from each other: turned over, number by number
+inline void take(const float* from, int64_t apart, int lanes, int count, V32 (&x)[LANES]) {
+    for (int k = 0; k < LANES; k++) x[k] = k < lanes ? some(from + k * apart, count) : each(0.f);
+    turn<float>(x);
+}
+
+// the way back
+inline void give(V32 (&x)[LANES], int count, float* to, int64_t apart, int lanes) {
+    turn<float>(x);
+    for (int k = 0; k < lanes; k++) put(to + k * apart, x[k], count);
+}
+
 struct Images {  // (images, channels, height, width), without gaps; the channels of one group are looked at
     float* data;
     int64_t all, channels, height, width;
@@ -40,11 +52,10 @@ void spread(const Images& from, const float* planes, int lanes, int64_t y, int64
     int64_t row = y < 0 ? 0 : y, column = 0;
     for (int64_t p = row * from.width; p < end; p += LANES) {
         const int count = int(least(LANES, end - p));
-        V32 lane[LANES];
-        for (int k = 0; k < LANES; k++) lane[k] = k < lanes ? some(planes + k * plane + p, count) : each(0.f);
-        turn<float>(lane);
+        V32 number[LANES];
+        take(planes + p, plane, lanes, count, number);
         for (int k = 0; k < count; k++) {
-            store(to + ((row - y) * columns + column - x) * LANES, lane[k]);
+            store(to + ((row - y) * columns + column - x) * LANES, number[k]);
             if (++column == from.width) column = 0, row++;
         }
     }
@@ -55,10 +66,9 @@ void gather(const Images& to, float* planes, int lanes, int64_t y, int64_t rows,
     const int64_t plane = to.height * to.width, begin = y * to.width, count = rows * to.width;
     for (int64_t p = 0; p < count; p += LANES) {
         const int width = int(least(LANES, count - p));
-        V32 lane[LANES];
-        for (int k = 0; k < LANES; k++) lane[k] = k < width ? load(from + (p + k) * LANES) : each(0.f);
-        turn<float>(lane);
-        for (int k = 0; k < lanes; k++) put(planes + k * plane + begin + p, lane[k], width);
+        V32 number[LANES];
+        for (int k = 0; k < LANES; k++) number[k] = k < width ? load(from + (p + k) * LANES) : each(0.f);
+        give(number, width, planes + begin + p, plane, lanes);
     }
 }
 
@@ -88,64 +98,63 @@ struct Points {
     float* at(int point, int64_t tile, int64_t channel) const { return data + point * size + tile * pitch + channel; }
 };
 
-// B^T d B of each tile of 4 x 4 numbers, two apart
-void numbers_of(const float* d, int64_t columns, int64_t rows, int64_t wide, const Points& to, int64_t tile,
-                int64_t lane) {
+// a transformation along both dimensions: x, of IN x IN numbers, becomes T x T^T
+template <int IN, int OUT, class Along>
+inline void both_ways(const V32 (&x)[IN][IN], V32 (&y)[OUT][OUT], Along along) {
+    V32 half[OUT][IN];
+    for (int b = 0; b < IN; b++) {
+        V32 column[IN], made[OUT];
+        for (int a = 0; a < IN; a++) column[a] = x[a][b];
+        along(column, made);
+        for (int a = 0; a < OUT; a++) half[a][b] = made[a];
+    }
+    for (int a = 0; a < OUT; a++) along(half[a], y[a]);
+}
+
+// the five matrices T of F(2 x 2, 3 x 3), applied to one column: B^T, A, A^T, G and G^T
+inline void of_numbers(const V32 (&x)[4], V32 (&y)[4]) {
+    y[0] = x[0] - x[2], y[1] = x[1] + x[2], y[2] = x[2] - x[1], y[3] = x[1] - x[3];
+}
+inline void of_gradients(const V32 (&x)[2], V32 (&y)[4]) {
+    y[0] = x[0], y[1] = x[0] + x[1], y[2] = x[0] - x[1], y[3] = -x[1];
+}
+inline void of_results(const V32 (&x)[4], V32 (&y)[2]) { y[0] = x[0] + x[1] + x[2], y[1] = x[1] - x[2] - x[3]; }
+inline void of_weights(const V32 (&x)[3], V32 (&y)[4]) {
+    const V32 ends = each(0.5f) * (x[0] + x[2]), middle = each(0.5f) * x[1];
+    y[0] = x[0], y[1] = ends + middle, y[2] = ends - middle, y[3] = x[2];
+}
+inline void of_sums(const V32 (&x)[4], V32 (&y)[3]) {
+    const V32 both = each(0.5f) * (x[1] + x[2]);
+    y[0] = x[0] + both, y[1] = each(0.5f) * (x[1] - x[2]), y[2] = both + x[3];
+}
+
+// of each tile, whose numbers begin two apart, the points
+template <int IN, class Along>
+void points_of(const float* d, int64_t columns, int64_t rows, int64_t wide, const Points& to, int64_t tile,
+               int64_t lane, Along along) {
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < wide; j++, tile++) {
-            V32 y[4][4];
-            for (int b = 0; b < 4; b++) {
-                const float* at = d + (2 * i * columns + 2 * j + b) * LANES;
-                const V32 x0 = load(at), x1 = load(at + columns * LANES), x2 = load(at + 2 * columns * LANES),
-                          x3 = load(at + 3 * columns * LANES);
-                y[0][b] = x0 - x2, y[1][b] = x1 + x2, y[2][b] = x2 - x1, y[3][b] = x1 - x3;
-            }
-            for (int a = 0; a < 4; a++) {
-                store(to.at(4 * a + 0, tile, lane), y[a][0] - y[a][2]);
-                store(to.at(4 * a + 1, tile, lane), y[a][1] + y[a][2]);
-                store(to.at(4 * a + 2, tile, lane), y[a][2] - y[a][1]);
-                store(to.at(4 * a + 3, tile, lane), y[a][1] - y[a][3]);
-            }
+            V32 x[IN][IN], y[4][4];
+            for (int a = 0; a < IN; a++)
+                for (int b = 0; b < IN; b++) x[a][b] = load(d + ((2 * i + a) * columns + 2 * j + b) * LANES);
+            both_ways(x, y, along);
+            for (int k = 0; k < POINTS; k++) store(to.at(k, tile, lane), y[k / 4][k % 4]);
         }
 }
 
-// A y A^T of each tile of 2 x 2 numbers
-void gradients_of(const float* d, int64_t columns, int64_t rows, int64_t wide, const Points& to, int64_t tile,
-                  int64_t lane) {
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < wide; j++, tile++) {
-            V32 y[4][2];
-            for (int b = 0; b < 2; b++) {
-                const float* at = d + (2 * i * columns + 2 * j + b) * LANES;
-                const V32 x0 = load(at), x1 = load(at + columns * LANES);
-                y[0][b] = x0, y[1][b] = x0 + x1, y[2][b] = x0 - x1, y[3][b] = -x1;
-            }
-            for (int a = 0; a < 4; a++) {
-                store(to.at(4 * a + 0, tile, lane), y[a][0]);
-                store(to.at(4 * a + 1, tile, lane), y[a][0] + y[a][1]);
-                store(to.at(4 * a + 2, tile, lane), y[a][0] - y[a][1]);
-                store(to.at(4 * a + 3, tile, lane), -y[a][1]);
-            }
-        }
-}
-
-// A^T m A of each tile, to rows of `width` numbers; what it adds to `check` is NaN if one of them is not finite
+// of each tile, the results, in rows of `width`; what it adds to `check` is NaN if one of them is not finite
 void results_of(const Points& from, int64_t tile, int64_t lane, int64_t rows, int64_t high, int64_t wide, int64_t width,
                 float* to, V32& check) {
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < wide; j++, tile++) {
-            V32 y[2][4];
-            for (int b = 0; b < 4; b++) {
-                const V32 m0 = load(from.at(b, tile, lane)), m1 = load(from.at(4 + b, tile, lane)),
-                          m2 = load(from.at(8 + b, tile, lane)), m3 = load(from.at(12 + b, tile, lane));
-                y[0][b] = m0 + m1 + m2, y[1][b] = m1 - m2 - m3;
-            }
+            V32 x[4][4], y[2][2];
+            for (int k = 0; k < POINTS; k++) x[k / 4][k % 4] = load(from.at(k, tile, lane));
+            both_ways(x, y, of_results);
             for (int a = 0; a < 2 && 2 * i + a < high; a++) {
                 float* at = to + ((2 * i + a) * width + 2 * j) * LANES;
-                const V32 left = y[a][0] + y[a][1] + y[a][2], right = y[a][1] - y[a][2] - y[a][3];
-                check = fma(left, each(0.f), fma(right, each(0.f), check));
-                store(at, left);
-                if (2 * j + 1 < width) store(at + LANES, right);
+                check = fma(y[a][0], each(0.f), fma(y[a][1], each(0.f), check));
+                store(at, y[a][0]);
+                if (2 * j + 1 < width) store(at + LANES, y[a][1]);
             }
         }
 }
@@ -156,53 +165,34 @@ struct Taps {  // weights, as (lanes, rows, 9), whichever of them are the result
     bool rotated;
 };
 
-// G w G^T of up to LANES lanes and `rows` rows
+// the points of up to LANES lanes and `rows` rows
 void weights_of(const Taps& w, int64_t lane, int lanes, int64_t row, int64_t rows, float* to, int64_t size) {
-    const V32 half = each(0.5f);
     for (int64_t r = 0; r < rows; r++) {
         const float* from = w.data + lane * w.lane + (row + r) * w.row;
-        V32 tap[TAPS], x[LANES];
+        V32 tap[3][3], y[4][4], x[LANES];
         for (int base = 0; base < TAPS; base += LANES) {
-            const int count = LANES < TAPS - base ? LANES : TAPS - base;
-            for (int k = 0; k < LANES; k++) x[k] = k < lanes ? some(from + k * w.lane + base, count) : each(0.f);
-            turn<float>(x);
-            for (int k = 0; k < count; k++) tap[w.rotated ? TAPS - 1 - base - k : base + k] = x[k];
+            const int count = int(least(LANES, TAPS - base));
+            take(from + base, w.lane, lanes, count, x);
+            for (int k = 0; k < count; k++) {
+                const int at = w.rotated ? TAPS - 1 - base - k : base + k;
+                tap[at / 3][at % 3] = x[k];
+            }
         }
-        V32 y[4][3];
-        for (int b = 0; b < 3; b++) {
-            const V32 ends = half * (tap[b] + tap[6 + b]), middle = half * tap[3 + b];
-            y[0][b] = tap[b], y[1][b] = ends + middle, y[2][b] = ends - middle, y[3][b] = tap[6 + b];
-        }
-        for (int a = 0; a < 4; a++) {
-            const V32 ends = half * (y[a][0] + y[a][2]), middle = half * y[a][1];
-            float* at = to + 4 * a * size + r * PANEL;
-            store(at, y[a][0]), store(at + size, ends + middle), store(at + 2 * size, ends - middle);
-            store(at + 3 * size, y[a][2]);
-        }
+        both_ways(tap, y, of_weights);
+        for (int k = 0; k < POINTS; k++) store(to + k * size + r * PANEL, y[k / 4][k % 4]);
     }
 }
 
-// G^T s G of up to LANES lanes: 9 numbers each
+// the 9 numbers of up to LANES lanes
 void taps_of(const float* s, int64_t size, float* to, int lanes, V32& check) {
-    const V32 half = each(0.5f);
-    V32 y[3][4], tap[TAPS];
-    for (int b = 0; b < 4; b++) {
-        const V32 s0 = load(s + b * size), s1 = load(s + (4 + b) * size), s2 = load(s + (8 + b) * size),
-                  s3 = load(s + (12 + b) * size);
-        const V32 both = half * (s1 + s2);
-        y[0][b] = s0 + both, y[1][b] = half * (s1 - s2), y[2][b] = both + s3;
-    }
-    for (int a = 0; a < 3; a++) {
-        const V32 both = half * (y[a][1] + y[a][2]);
-        tap[3 * a] = y[a][0] + both, tap[3 * a + 1] = half * (y[a][1] - y[a][2]), tap[3 * a + 2] = both + y[a][3];
-    }
-    for (int k = 0; k < TAPS; k++) check = fma(tap[k], each(0.f), check);
+    V32 x[4][4], tap[3][3], y[LANES];
+    for (int k = 0; k < POINTS; k++) x[k / 4][k % 4] = load(s + k * size);
+    both_ways(x, tap, of_sums);
+    for (int k = 0; k < TAPS; k++) check = fma(tap[k / 3][k % 3], each(0.f), check);
     for (int base = 0; base < TAPS; base += LANES) {
-        const int count = LANES < TAPS - base ? LANES : TAPS - base;
-        V32 x[LANES];
-        for (int k = 0; k < LANES; k++) x[k] = k < count ? tap[base + k] : each(0.f);
-        turn<float>(x);
-        for (int k = 0; k < lanes; k++) put(to + k * TAPS + base, x[k], count);
+        const int count = int(least(LANES, TAPS - base));
+        for (int k = 0; k < LANES; k++) y[k] = k < count ? tap[(base + k) / 3][(base + k) % 3] : each(0.f);
+        give(y, count, to + base, TAPS, lanes);
     }
 }
 
@@ -233,7 +223,7 @@ struct Blocks {
             segments(tiles, begin(block), end(block), [&](int64_t image, int64_t row, int64_t rows, int64_t tile) {
                 spread(in, in.plane(image, lane), int(least(LANES, in.channels - lane)), 2 * row - top, 2 * rows + 2,
                        -left, columns, strip);
-                numbers_of(strip, columns, rows, tiles.wide, to, tile, lane);
+                points_of<4>(strip, columns, rows, tiles.wide, to, tile, lane, of_numbers);
             });
     }
 
@@ -244,7 +234,7 @@ struct Blocks {
             segments(tiles, begin(block), end(block), [&](int64_t image, int64_t row, int64_t rows, int64_t tile) {
                 spread(grad, grad.plane(image, lane), int(least(LANES, last - lane)), 2 * row, 2 * rows, 0, columns,
                        strip);
-                gradients_of(strip, columns, rows, tiles.wide, to, tile, lane - first);
+                points_of<2>(strip, columns, rows, tiles.wide, to, tile, lane - first, of_gradients);
             });
     }
 
