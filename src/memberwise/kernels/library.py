@@ -35,9 +35,8 @@ def operation(schema: str, file: str, run: Callable[..., Any], made: Callable[..
     _OPERATIONS.impl(name, run, "CPU")
     torch.library.register_fake(f"memberwise::{name}", made, lib=_OPERATIONS)
     found = getattr(torch.ops.memberwise, name).default
-    types = [_IN_C[str(one.type)] for one in found._schema.arguments] + ["AtenTensorHandle*"] * len(
-        found._schema.returns
-    )
+    types = [_IN_C[str(one.type)] for one in found._schema.arguments]
+    types += [f"{_IN_C[str(one.type)]}*" for one in found._schema.returns]
     declared = f"AOTITorchError aoti_torch_cpu_{name}({', '.join(types)})"
     put_shim(found, Shim(declared, lambda: str(library(file)._name)))
     return found
