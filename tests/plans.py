@@ -18,10 +18,9 @@ from torch.autograd.graph import increment_version
 
 from memberwise._torch.identity import memory_key
 from memberwise._torch.versions import version
-from memberwise.capture import cache, chunker, ours, plan, step
+from memberwise.capture import attended, cache, chunker, ours, plan, step
 from memberwise.capture.graphed import Graphed
 from memberwise.capture.program import copied, once
-from memberwise.capture.unfused import unfused
 
 PLANS: dict[str, Callable[[], None]] = {}
 """Ways to run, by name."""
@@ -87,9 +86,9 @@ def _ours() -> None:
     plain = cache.Compiled.get
 
     def get(self: Any, graph: Any, inputs: Any, *args: Any) -> Any:
-        return plain(self, ours.with_ours(unfused(graph), inputs), inputs, *args)
+        return plain(self, cache.rewritten(graph, inputs), inputs, *args)
 
-    ours._is_faster = lambda *_: True
+    ours._is_faster = attended._is_faster = lambda *_: True
     cache.Compiled.get = get
     rounds.append("ours")
 

@@ -46,7 +46,7 @@ def _ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "_is_faster", lambda *_: True)
 
 
-def _step_of(name: str) -> tuple[Callable[..., torch.Tensor], torch.Tensor]:
+def sgd_step_of(name: str) -> tuple[Callable[..., torch.Tensor], torch.Tensor]:
     """Plain SGD: of gradients that are rounding alone Adam makes full steps."""
     make, shape = MODELS[name]
     models = build(make, seeds=range(3))
@@ -65,7 +65,7 @@ def _step_of(name: str) -> tuple[Callable[..., torch.Tensor], torch.Tensor]:
 @pytest.mark.usefixtures("_ours")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_step(name: str) -> None:
-    program = recorded(*_step_of(name))
+    program = recorded(*sgd_step_of(name))
     own = with_ours(unfused(program.graph), program.values[: program.count])
     assert any(node.target is product for node in own.graph.nodes)
     assert_computes_the_same(program, own, calls=1)
@@ -208,7 +208,7 @@ class _Residual(nn.Module):
 @pytest.mark.usefixtures("_ours")
 def test_the_same_step_of_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, "residual", (_Residual, (4, 3, 7, 6)))
-    program = recorded(*_step_of("residual"))
+    program = recorded(*sgd_step_of("residual"))
     own = with_ours(unfused(program.graph), program.values[: program.count])
     served = [node.target for node in own.graph.nodes if "convolution3x3" in str(node.target)]
     assert served == [convolution3x3] * 2 + [convolution3x3_backward] * 2
@@ -221,7 +221,7 @@ def test_with_the_channels_last_convolutions_are_torchs(monkeypatch: pytest.Monk
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(layout, "channels_last_is_faster", lambda *_: True)
     monkeypatch.setitem(MODELS, "residual", (_Residual, (4, 3, 7, 6)))
-    program = recorded(*_step_of("residual"))
+    program = recorded(*sgd_step_of("residual"))
     given = program.values[: program.count]
     relaid, last = layout.laid_out(program.graph, lambda: [value.detach().clone() for value in given], program.outputs)
     assert last

@@ -8,7 +8,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn.functional import conv2d, scaled_dot_product_attention
 
-from memberwise.kernels.attention import attention, attention_backward
+from memberwise.kernels.attention import (
+    attention,
+    attention_backward,
+    attention_dropout,
+    attention_dropout_backward,
+)
 from memberwise.kernels.convolution import convolution3x3, convolution3x3_backward
 from memberwise.kernels.library import available
 from memberwise.kernels.product import product
@@ -84,7 +89,7 @@ def test_attention(
     if causal:
         scores = scores.masked_fill(torch.ones(rows, keys).triu(1).bool(), -torch.inf)
     assert_equal(sums, scores.logsumexp(-1).float())
-    found = attention_backward(grad, q, k, v, out, sums, causal, 0.3)
+    found = attention_backward(grad, q, k, v, sums, causal, 0.3)
     for ours, theirs in zip(found, torch.autograd.grad(expected, alone, grad.double()), strict=True):
         assert_equal(ours / rows**0.5, theirs.float() / rows**0.5)
 
@@ -97,6 +102,67 @@ def test_a_head_that_is_not_finite_is_no_other_heads_matter(rows: int, one: int,
     assert not out[1, 2, one % rows].isfinite().any()
     out[1, 2] = 1
     assert_equal(out, torch.ones(2, 3, rows, 4))
+
+
+def _apart(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, drawn: torch.Tensor, causal: bool) -> torch.Tensor:
+    """What torch computes, operation by operation."""
+    scores = q @ k
+    if causal:
+        scores = scores + torch.full(scores.shape[-2:], -torch.inf).triu(1)
+    return (torch.ops.aten._safe_softmax(scores, -1) * (drawn / 0.75)) @ v
+
+
+def _mask(like: torch.Tensor, keys: int, seed: int) -> torch.Tensor:
+    drawn = torch.rand(*like.shape[:3], keys, generator=torch.Generator().manual_seed(seed))
+    return (drawn < 0.75).float()
+
+
+@given(st.integers(1, 3), LENGTHS, LENGTHS, WIDTHS, WIDTHS, ORDERS, ORDERS, st.booleans(), st.integers(0, 99))
+@example(1, 65, 64, 32, 32, "columns", "columns", True, 0)
+@example(2, 130, 20, 16, 3, "rows", "apart", True, 0)
+def test_attention_with_dropout(
+    batch: int, rows: int, keys: int, width: int, wide: int, left: str, right: str, causal: bool, seed: int
+) -> None:
+    q, k = _heads(batch, rows, width, left, seed) * 0.3, _heads(batch, keys, width, right, seed + 1).mT
+    v, grad = _heads(batch, keys, wide, right, seed + 2), _heads(batch, rows, wide, left, seed + 3)
+    drawn = _mask(q, keys, seed)
+    if left == "apart":
+        drawn = drawn.mT.contiguous().mT
+    out, sums = attention_dropout(q, k, v, drawn, 1 / 0.75, causal)
+    alone = [x.double().requires_grad_() for x in (q, k, v)]
+    expected = _apart(*alone, drawn.double(), causal)
+    assert_equal(out, expected.detach().float())
+    found = attention_dropout_backward(grad, q, k, v, drawn, sums, 1 / 0.75, causal)
+    for ours, theirs in zip(found, torch.autograd.grad(expected, alone, grad.double()), strict=True):
+        assert ours.is_contiguous()
+        assert_equal(ours / rows**0.5, theirs.float() / rows**0.5)
+
+
+@given(
+    st.integers(1, 70),
+    st.integers(0, 999),
+    st.sampled_from(["q", "k", "v", "grad"]),
+    st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    st.booleans(),
+)
+@example(20, 37, "v", torch.inf, True)
+@example(1, 0, "k", -torch.inf, True)
+def test_what_is_not_finite_is_not_hidden_by_dropout(
+    rows: int, one: int, which: str, value: float, causal: bool
+) -> None:
+    """A weight of 0 for a later key, or for what was dropped, is multiplied as any other."""
+    generator = torch.Generator().manual_seed(one)
+    given = {name: torch.randn(1, 2, rows, 4, generator=generator) for name in ("q", "k", "v", "grad")}
+    given[which][0, 1].view(-1)[one % (4 * rows)] = value
+    q, k, v = (given[name].requires_grad_() for name in "qkv")
+    drawn = _mask(q, rows, one)
+    expected = _apart(q, k.mT, v, drawn, causal)
+    grads = torch.autograd.grad(expected, (q, k, v), given["grad"])
+    with torch.no_grad():
+        out, sums = attention_dropout(q, k.mT, v, drawn, 1 / 0.75, causal)
+        dq, dk, dv = attention_dropout_backward(given["grad"], q, k.mT, v, drawn, sums, 1 / 0.75, causal)
+    for ours, theirs in zip((out, dq, dk.mT, dv), (expected.detach(), *grads), strict=True):
+        assert_equal(ours / rows**0.5, theirs / rows**0.5)
 
 
 def test_scores_far_apart() -> None:

@@ -56,7 +56,7 @@ def _attended_backward(
     grad: Any, q: Any, k: Any, v: Any, out: Any, sums: Any, dropout_p: float, is_causal: bool, **named: Any
 ) -> tuple[Any, ...] | None:
     own = _attended(q, k, v, dropout_p, is_causal, **named)
-    return own and (grad, q, k, v, out, sums, *own[3:])
+    return own and (grad, q, k, v, sums, *own[3:])
 
 
 NARROWEST = 16
@@ -130,7 +130,7 @@ def with_ours(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.Grap
     known = [node for node in module.graph.nodes if node.target in OURS]
     if not known or any(value.device.type != "cpu" for value in inputs):
         return module
-    operands = _operands(module.graph, inputs)
+    operands = operands_of(module.graph, inputs)
     ours = {node: given for node in known if (given := _served(node, operands)) and _is_faster(node, given, operands)}
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
@@ -142,7 +142,7 @@ def with_ours(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.Grap
     return fx.GraphModule(module, graph)
 
 
-def _operands(graph: fx.Graph, inputs: Sequence[torch.Tensor]) -> dict[fx.Node, Operand]:
+def operands_of(graph: fx.Graph, inputs: Sequence[torch.Tensor]) -> dict[fx.Node, Operand]:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     strides = {node: node.meta["kind"][1] for node in graph.nodes if "kind" in node.meta}
     strides |= {node: value.stride() for node, value in zip(placeholders, inputs, strict=True)}
@@ -181,18 +181,23 @@ def _served(node: fx.Node, operands: dict[fx.Node, Operand]) -> tuple[Any, ...] 
 
 def _is_faster(node: fx.Node, given: tuple[Any, ...], operands: dict[fx.Node, Operand]) -> bool:
     args, kwargs = fx.map_arg((node.args, node.kwargs), operands.__getitem__)
-    path = kept_at((str(node.target), args, kwargs, torch.get_num_threads())).with_suffix(".json")
+    most = MOST
+    if OURS[node.target].by_member:
+        most = max(1, min(MOST // max(1, math.prod(one.shape[1:])) for one in given if _is_tensor(one)))
+
+    def example(one: Any) -> Any:
+        return one.example(most) if _is_tensor(one) else one
+
+    theirs = functools.partial(node.target, *map(example, args), **kwargs)
+    ours = functools.partial(OURS[node.target].run, *map(example, given))
+    return is_faster((str(node.target), args, kwargs), theirs, ours)
+
+
+def is_faster(key: Any, theirs: Callable[[], object], ours: Callable[[], object]) -> bool:
+    """Whether ours is, timed once a machine for each `key`."""
+    path = kept_at((key, torch.get_num_threads())).with_suffix(".json")
     faster = get(path, lambda known: bool(known["faster"]))
     if faster is None:
-        most = MOST
-        if OURS[node.target].by_member:
-            most = max(1, min(MOST // max(1, math.prod(one.shape[1:])) for one in given if _is_tensor(one)))
-
-        def example(one: Any) -> Any:
-            return one.example(most) if _is_tensor(one) else one
-
-        theirs = functools.partial(node.target, *map(example, args), **kwargs)
-        ours = functools.partial(OURS[node.target].run, *map(example, given))
         seconds = _seconds(theirs, ours)
         faster = seconds[1] < GAIN * seconds[0]
         put(path, {"faster": faster, "seconds": seconds})

@@ -1,7 +1,9 @@
 // Attention, softmax(scale * q k^T) v, and its gradient: a block of rows at a time, whose scores stay in the cache
 // (Vaswani et al., 2017; Dao et al., FlashAttention, 2022: the sums of the softmax are kept, and the scores made anew).
+// With dropout the softmax is multiplied by what was drawn.
 
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -16,12 +18,16 @@ inline V32 most(V32 a, V32 b) { return SIMD(max_ps)(a, b); }
 inline V32 rounded(V32 x) { return _mm512_roundscale_ps(x, 0); }
 inline V32 doubled(V32 x, V32 times) { return _mm512_scalef_ps(x, times); }
 inline float sum_of(V32 x) { return _mm512_reduce_add_ps(x); }
+inline V32 unless_below(V32 x, V32 low, V32 y) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, low, _CMP_NLT_UQ), y);
+}
 #else
 inline V32 rounded(V32 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline V32 doubled(V32 x, V32 times) {
     const __m256i power = _mm256_add_epi32(_mm256_cvtps_epi32(times), _mm256_set1_epi32(127));
     return x * _mm256_castsi256_ps(_mm256_slli_epi32(power, 23));
 }
+inline V32 unless_below(V32 x, V32 low, V32 y) { return _mm256_and_ps(_mm256_cmp_ps(x, low, _CMP_NLT_UQ), y); }
 inline float sum_of(V32 x) {
     alignas(32) float each[SIZE];
     store(each, x);
@@ -29,15 +35,15 @@ inline float sum_of(V32 x) {
 }
 #endif
 
-// e^x of what is at most about 0, to an ulp or two: 2^n times a polynomial; NaN stays NaN
-inline V32 exponential(V32 x) {
-    x = most(each(-87.3f), x);
+// e^x of what is at most about 0, to an ulp or two: 2^n times a polynomial; NaN stays NaN, what has no exponent is 0
+inline V32 exponential(V32 given) {
+    const V32 low = each(-87.3f), x = most(low, given);
     const V32 n = rounded(x * each(1.44269504f));
     const V32 r = fma(n, each(2.12194440e-4f), fma(n, each(-0.693359375f), x));
     V32 p = each(1.9875691500e-4f);
     for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
         p = fma(p, r, each(c));
-    return doubled(fma(p * r, r, r + each(1.f)), n);
+    return unless_below(given, low, doubled(fma(p * r, r, r + each(1.f)), n));
 }
 
 struct Heads {  // (batch, heads, rows, width)
@@ -64,12 +70,67 @@ struct Scores {  // of BLOCK rows, each filled up to whole vectors with what cou
 // how many keys a row sees
 inline int64_t seen_by(int64_t row, int64_t keys, bool causal) { return causal ? std::min(keys, row + 1) : keys; }
 
-void softmax(float* row, int64_t count, float scale, float& log_of_sum) {
+// what the softmax is multiplied by, times `factor`, (batch, heads, rows, keys); or nothing
+struct Dropout {
+    const Heads* drawn;
+    float factor;
+    operator bool() const { return drawn != nullptr; }
+    void multiply(int64_t head, int64_t i, int64_t keys, float* row) const {
+        const float* from = drawn->at(head, i);
+        const int64_t apart = drawn->stride[3];
+        if (apart == 1)  // which a compiler makes vectors of
+            for (int64_t j = 0; j < keys; j++) row[j] *= from[j] * factor;
+        else
+            for (int64_t j = 0; j < keys; j++) row[j] *= from[j * apart] * factor;
+    }
+};
+
+bool finite(Strided<float> x, int64_t rows, int64_t columns) {
+    if (x.row < x.column) std::swap(x.row, x.column), std::swap(rows, columns);
+    const int64_t whole = x.column == 1 ? columns / SIZE * SIZE : 0;
+    V32 zeros = each(0.f);  // or NaN
+    float others = 0;
+    for (int64_t i = 0; i < rows; i++) {
+        for (int64_t j = 0; j < whole; j += SIZE) zeros = fma(load(x.at(i, j)), each(0.f), zeros);
+        for (int64_t j = whole; j < columns; j++) others += *x.at(i, j) * 0.f;
+    }
+    return sum_of(zeros) + others == 0;
+}
+
+bool finite(std::initializer_list<Heads> all, int64_t head) {
+    return std::all_of(all.begin(), all.end(), [&](Heads x) { return finite(x.of(head), x.size[2], x.size[3]); });
+}
+
+// Which keys a row sees. Single operations multiply what it does not see by 0, and 0 times what is not finite is NaN:
+// then all of them are looked at (`whole`), as single operations do.
+struct Sight {
+    int64_t keys;
+    bool causal, whole;
+    int64_t block(int64_t last) const { return whole ? keys : seen_by(last, keys, causal); }
+    int64_t row(int64_t row) const { return seen_by(row, keys, causal); }
+    // hides the other keys from row i of the block, row `row` of all; how many numbers to look at, whole vectors
+    int64_t hide(const Scores& scores, int64_t i, int64_t row) const {
+        const int64_t own = this->row(row);
+        if (!whole) return scores.fill(i, own, -std::numeric_limits<float>::max());
+        for (int64_t j = own; j < keys; j++) scores.row(i)[j] -= std::numeric_limits<float>::infinity();
+        return scores.fill(i, keys, -std::numeric_limits<float>::infinity());
+    }
+    void clear(const Scores& scores, int64_t i, int64_t row) const { scores.fill(i, whole ? keys : this->row(row), 0.f); }
+};
+
+// of nothing but -inf it is 0 if `safe`, and so is each score's share of the sum that is then told
+void softmax(float* row, int64_t count, float scale, float& log_of_sum, bool safe) {
     V32 high = each(-std::numeric_limits<float>::infinity());
     for (int64_t j = 0; j < count; j += SIZE) high = most(high, load(row + j));
     alignas(64) float each_high[SIZE];
     store(each_high, high);
     const float top = *std::max_element(each_high, each_high + SIZE);
+    const bool none = top == -std::numeric_limits<float>::infinity();  // or NaN, which `most` may leave out
+    if (safe && none && std::none_of(row, row + count, [](float x) { return x != x; })) {
+        std::fill_n(row, count, 0.f);
+        log_of_sum = -top;
+        return;
+    }
     V32 sum = each(0.f);
     for (int64_t j = 0; j < count; j += SIZE) {
         const V32 p = exponential((load(row + j) - each(top)) * each(scale));
@@ -81,7 +142,7 @@ void softmax(float* row, int64_t count, float scale, float& log_of_sum) {
     log_of_sum = top * scale + std::log(all);
 }
 
-void attend(Heads q, Heads k, Heads v, Heads out, Heads sums, bool causal, float scale) {
+void attend(Heads q, Heads k, Heads v, Heads out, Heads sums, bool causal, float scale, Dropout dropout = {}) {
     const int64_t heads = q.size[0] * q.size[1], rows = q.size[2], width = q.size[3], keys = k.size[2];
     const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
 #pragma omp parallel if (heads * blocks > 1)
@@ -90,69 +151,84 @@ void attend(Heads q, Heads k, Heads v, Heads out, Heads sums, bool causal, float
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < heads * blocks; task++) {
             const int64_t head = task / blocks, begin = task % blocks * BLOCK, count = std::min(BLOCK, rows - begin);
-            const int64_t seen = seen_by(begin + count - 1, keys, causal);
+            const Sight sight{keys, causal, dropout && !finite({q, k, v}, head)};
+            const int64_t seen = sight.block(begin + count - 1);
             multiply(q.of(head).from(begin, 0), k.of(head).turned(), scores.row(0), scores.pitch, count, seen, width);
             for (int64_t i = 0; i < count; i++) {
-                const int64_t own = seen_by(begin + i, keys, causal);
-                const int64_t whole = scores.fill(i, own, -std::numeric_limits<float>::max());
-                softmax(scores.row(i), whole, scale, *sums.at(head, begin + i));
-                scores.fill(i, own, 0.f);
+                const int64_t numbers = sight.hide(scores, i, begin + i);
+                softmax(scores.row(i), numbers, scale, *sums.at(head, begin + i), dropout);
+                sight.clear(scores, i, begin + i);
+                if (dropout) dropout.multiply(head, begin + i, seen, scores.row(i));
             }
             multiply(scores.all(), v.of(head), out.at(head, begin), out.stride[2], count, v.size[3], seen);
         }
     }
 }
 
-// dense rows of `width` numbers for one head, put to where they belong
-void put(const float* from, Heads to, int64_t head) {
-    const int64_t width = to.size[3];
-    for (int64_t i = 0; i < to.size[2]; i++)
-        for (int64_t d = 0; d < width; d++) to.at(head, i)[d * to.stride[3]] = from[i * width + d];
+// c += a b, of which c lies by rows or by columns
+void add_product(Strided<float> a, Strided<float> b, Strided<float> c, int64_t rows, int64_t n, int64_t k) {
+    if (c.column != 1) std::swap(a, b), a = a.turned(), b = b.turned(), c = c.turned(), std::swap(rows, n);
+    multiply(a, b, const_cast<float*>(c.data), c.row, rows, n, k, true);
 }
 
-void attend_backward(Heads grad, Heads q, Heads k, Heads v, Heads out, Heads sums, Heads dq, Heads dk, Heads dv,
-                     bool causal, float scale) {
+void clear(Heads x, int64_t head) {
+    const Strided<float> all = x.of(head);
+    for (int64_t i = 0; i < x.size[2]; i++)
+        for (int64_t d = 0; d < x.size[3]; d++) const_cast<float&>(*all.at(i, d)) = 0;
+}
+
+// the gradients lie by rows or by columns, each head for itself
+void attend_backward(Heads grad, Heads q, Heads k, Heads v, Heads sums, Heads dq, Heads dk, Heads dv, bool causal,
+                     float scale, Dropout dropout = {}) {
     const int64_t heads = q.size[0] * q.size[1], rows = q.size[2], keys = k.size[2];
     const int64_t width = q.size[3], wide = v.size[3];
+    const V32 factor = each(scale);
 #pragma omp parallel if (heads > 1)
     {
         const Scores p(keys), ds(keys);
-        const std::unique_ptr<float[]> own_q(new float[rows * width]), own_k(new float[keys * width]);
-        const std::unique_ptr<float[]> own_v(new float[keys * wide]);
 #pragma omp for schedule(static)
         for (int64_t head = 0; head < heads; head++) {
-            std::fill_n(own_k.get(), keys * width, 0.f);
-            std::fill_n(own_v.get(), keys * wide, 0.f);
+            const Sight sight{keys, causal, dropout && !finite({grad, q, k, v}, head)};
+            for (Heads x : {dq, dk, dv}) clear(x, head);
             for (int64_t begin = 0; begin < rows; begin += BLOCK) {
-                const int64_t count = std::min(BLOCK, rows - begin), seen = seen_by(begin + count - 1, keys, causal);
+                const int64_t count = std::min(BLOCK, rows - begin), seen = sight.block(begin + count - 1);
                 const Strided<float> own = q.of(head).from(begin, 0), g = grad.of(head).from(begin, 0);
                 multiply(own, k.of(head).turned(), p.row(0), p.pitch, count, seen, width);
                 multiply(g, v.of(head).turned(), ds.row(0), ds.pitch, count, seen, wide);
                 for (int64_t i = 0; i < count; i++) {
-                    const int64_t sees = seen_by(begin + i, keys, causal);
-                    const V32 sum = each(*sums.at(head, begin + i)), factor = each(scale);
-                    float along = 0;  // the sum of p * dp
-                    for (int64_t d = 0; d < wide; d++) along += *g.at(i, d) * out.at(head, begin + i)[d * out.stride[3]];
-                    const int64_t whole = p.fill(i, sees, -std::numeric_limits<float>::max());
-                    ds.fill(i, sees, 0.f);
-                    for (int64_t j = 0; j < whole; j += SIZE) {
+                    const V32 sum = each(*sums.at(head, begin + i));
+                    V32 products = each(0.f);
+                    const int64_t numbers = sight.hide(p, i, begin + i);
+                    if (dropout) dropout.multiply(head, begin + i, seen, ds.row(i));
+                    ds.fill(i, seen, 0.f);
+                    for (int64_t j = 0; j < numbers; j += SIZE) {
                         const V32 part = exponential(fma(load(p.row(i) + j), factor, each(0.f) - sum));
                         store(p.row(i) + j, part);
-                        store(ds.row(i) + j, part * (load(ds.row(i) + j) - each(along)) * factor);
+                        products = fma(part, load(ds.row(i) + j), products);
                     }
-                    p.fill(i, sees, 0.f);
-                    ds.fill(i, sees, 0.f);
+                    const V32 along = each(sum_of(products));
+                    for (int64_t j = 0; j < numbers; j += SIZE)
+                        store(ds.row(i) + j, load(p.row(i) + j) * (load(ds.row(i) + j) - along) * factor);
+                    sight.clear(p, i, begin + i);
+                    sight.clear(ds, i, begin + i);
+                    if (dropout) dropout.multiply(head, begin + i, seen, p.row(i));
                 }
-                multiply(p.all().turned(), g, own_v.get(), wide, seen, wide, count, true);
-                multiply(ds.all(), k.of(head), own_q.get() + begin * width, width, count, width, seen);
-                multiply(ds.all().turned(), own, own_k.get(), width, seen, width, count, true);
+                add_product(p.all().turned(), g, dv.of(head), seen, wide, count);
+                add_product(ds.all(), k.of(head), dq.of(head).from(begin, 0), count, width, seen);
+                add_product(ds.all().turned(), own, dk.of(head), seen, width, count);
             }
-            put(own_q.get(), dq, head);
-            put(own_k.get(), dk, head);
-            put(own_v.get(), dv, head);
         }
     }
 }
+
+// keys that lie turned, (batch, heads, width, keys), as (batch, heads, keys, width)
+struct Turned {
+    const int64_t size[4], stride[4];
+    float* const data;
+    explicit Turned(Heads k) : size{k.size[0], k.size[1], k.size[3], k.size[2]},
+                               stride{k.stride[0], k.stride[1], k.stride[3], k.stride[2]}, data(k.data) {}
+    operator Heads() const { return {data, size, stride}; }
+};
 
 }  // namespace
 
@@ -162,7 +238,16 @@ extern "C" void memberwise_attention(Heads* t, bool causal, double scale) {
 }
 
 extern "C" void memberwise_attention_backward(Heads* t, bool causal, double scale) {
-    attend_backward(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], causal, scale);
+    attend_backward(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], causal, scale);
+}
+
+extern "C" void memberwise_attention_dropout(Heads* t, bool causal, double factor) {
+    attend(t[0], Turned(t[1]), t[2], t[4], t[5], causal, 1, {&t[3], float(factor)});
+}
+
+extern "C" void memberwise_attention_dropout_backward(Heads* t, bool causal, double factor) {
+    attend_backward(t[0], t[1], Turned(t[2]), t[3], t[5], t[6], Turned(t[7]), t[8], causal, 1,
+                    {&t[4], float(factor)});
 }
 
 namespace {
@@ -177,10 +262,11 @@ AOTITorchError heads_of(AtenTensorHandle tensor, Heads& heads) {
     return AOTI_TORCH_SUCCESS;
 }
 
-// dense, its dimensions in the order of these strides
+// dense, its dimensions in the order of these strides, if each head then lies by rows or by columns
 AOTITorchError made(const int64_t* sizes, const int64_t* like, int64_t dims, AtenTensorHandle* tensor) {
     int64_t order[4] = {0, 1, 2, 3}, strides[4], step = 1;
     std::stable_sort(order, order + dims, [&](int64_t a, int64_t b) { return like[a] > like[b]; });
+    if (order[dims - 1] < dims - 2) std::iota(order, order + dims, 0);
     for (int64_t k = dims - 1; k >= 0; k--) strides[order[k]] = step, step *= sizes[order[k]];
     return aoti_torch_empty_strided(dims, sizes, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0,
                                     tensor);
@@ -208,20 +294,62 @@ extern "C" AOTITorchError aoti_torch_cpu_attention(AtenTensorHandle q, AtenTenso
 }
 
 extern "C" AOTITorchError aoti_torch_cpu_attention_backward(
-    AtenTensorHandle grad, AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle out,
-    AtenTensorHandle sums, int32_t causal, double scale, AtenTensorHandle* dq, AtenTensorHandle* dk,
-    AtenTensorHandle* dv) {
-    Heads t[9];
-    const AtenTensorHandle given[6] = {grad, q, k, v, out, sums};
-    for (int i = 0; i < 6; i++) CHECKED(heads_of(given[i], t[i]));
+    AtenTensorHandle grad, AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle sums,
+    int32_t causal, double scale, AtenTensorHandle* dq, AtenTensorHandle* dk, AtenTensorHandle* dv) {
+    Heads t[8];
+    const AtenTensorHandle given[5] = {grad, q, k, v, sums};
+    for (int i = 0; i < 5; i++) CHECKED(heads_of(given[i], t[i]));
     AtenTensorHandle* results[3] = {dq, dk, dv};
     for (int i = 0; i < 3; i++) {
         CHECKED(made(t[i + 1].size, t[i + 1].stride, 4, results[i]));
-        CHECKED(heads_of(*results[i], t[i + 6]));
+        CHECKED(heads_of(*results[i], t[i + 5]));
     }
-    const int64_t size[4] = {t[5].size[0], t[5].size[1], t[5].size[2], 1};
-    const int64_t stride[4] = {t[5].stride[0], t[5].stride[1], t[5].stride[2], 1};
-    t[5] = {t[5].data, size, stride};
+    const int64_t size[4] = {t[4].size[0], t[4].size[1], t[4].size[2], 1};
+    const int64_t stride[4] = {t[4].stride[0], t[4].stride[1], t[4].stride[2], 1};
+    t[4] = {t[4].data, size, stride};
     memberwise_attention_backward(t, causal, scale);
+    return AOTI_TORCH_SUCCESS;
+}
+
+namespace {
+
+// `count` results of four dimensions, without gaps
+AOTITorchError made(const int64_t (*sizes)[4], int count, AtenTensorHandle** results, Heads* heads) {
+    for (int k = 0; k < count; k++) {
+        const int64_t by_size[4] = {3, 2, 1, 0};
+        CHECKED(made(sizes[k], by_size, 4, results[k]));
+        CHECKED(heads_of(*results[k], heads[k]));
+    }
+    return AOTI_TORCH_SUCCESS;
+}
+
+}  // namespace
+
+extern "C" AOTITorchError aoti_torch_cpu_attention_dropout(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v,
+                                                           AtenTensorHandle drawn, double factor, int32_t causal,
+                                                           AtenTensorHandle* out, AtenTensorHandle* sums) {
+    Heads t[6];
+    const AtenTensorHandle given[4] = {q, k, v, drawn};
+    for (int i = 0; i < 4; i++) CHECKED(heads_of(given[i], t[i]));
+    const int64_t* rows = t[0].size;
+    const int64_t sizes[2][4] = {{rows[0], rows[1], rows[2], t[2].size[3]}, {rows[0], rows[1], rows[2], 1}};
+    AtenTensorHandle* results[2] = {out, sums};
+    CHECKED(made(sizes, 2, results, t + 4));
+    memberwise_attention_dropout(t, causal, factor);
+    return AOTI_TORCH_SUCCESS;
+}
+
+extern "C" AOTITorchError aoti_torch_cpu_attention_dropout_backward(
+    AtenTensorHandle grad, AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle drawn,
+    AtenTensorHandle sums, double factor, int32_t causal, AtenTensorHandle* dq, AtenTensorHandle* dk,
+    AtenTensorHandle* dv) {
+    Heads t[9];
+    const AtenTensorHandle given[6] = {grad, q, k, v, drawn, sums};
+    for (int i = 0; i < 6; i++) CHECKED(heads_of(given[i], t[i]));
+    int64_t sizes[3][4];
+    for (int i = 0; i < 3; i++) std::copy_n(t[i + 1].size, 4, sizes[i]);
+    AtenTensorHandle* results[3] = {dq, dk, dv};
+    CHECKED(made(sizes, 3, results, t + 6));
+    memberwise_attention_dropout_backward(t, causal, factor);
     return AOTI_TORCH_SUCCESS;
 }

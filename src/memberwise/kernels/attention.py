@@ -50,13 +50,36 @@ def _run_backward(*args: Any) -> Any:
     return found
 
 
+def _run_dropout(q: Any, k: Any, v: Any, drawn: Any, factor: float, is_causal: bool) -> Any:
+    found = _empty_dropout(q, k, v)
+    _called("memberwise_attention_dropout", (q, k, v, drawn, *found), is_causal, factor)
+    return found
+
+
+def _empty_dropout(q: Any, k: Any, v: Any, *_: Any) -> Any:
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(*q.shape[:-1], 1)
+
+
+def _run_dropout_backward(*args: Any) -> Any:
+    *tensors, factor, is_causal = args
+    found = _empty_dropout_backward(*args)
+    _called("memberwise_attention_dropout_backward", (*tensors, *found), is_causal, factor)
+    return found
+
+
+def _empty_dropout_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any) -> Any:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 def _empty_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any) -> Any:
     return _dense(q), _dense(k), _dense(v)
 
 
 def _dense(like: torch.Tensor) -> torch.Tensor:
-    """One of its shape, without gaps, in the order of its strides."""
+    """One of its shape, without gaps, in the order of its strides, if each head then lies by rows or by columns."""
     order = sorted(range(like.ndim), key=lambda dim: -like.stride(dim))
+    if order[-1] < like.ndim - 2:
+        return like.new_empty(like.shape)
     made = like.new_empty([like.shape[dim] for dim in order])
     return made.permute([order.index(dim) for dim in range(like.ndim)])
 
@@ -72,11 +95,31 @@ attention = operation(
 `(B, H, S, E)`: float32, on the CPU, of any strides. With `is_causal` row i sees the keys up to i."""
 
 attention_backward = operation(
-    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums, "
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor sums, "
     "bool is_causal, float scale) -> (Tensor, Tensor, Tensor)",
     "attention",
     _run_backward,
     _empty_backward,
     torch.Tag.flexible_layout,
 )
-"""The gradients of q, k and v, given that of the result, the arguments and both results."""
+"""The gradients of q, k and v, given that of the result, the arguments and the sums."""
+
+attention_dropout = operation(
+    "attention_dropout(Tensor q, Tensor k, Tensor v, Tensor drawn, float factor, bool is_causal) -> (Tensor, Tensor)",
+    "attention",
+    _run_dropout,
+    _empty_dropout,
+    torch.Tag.flexible_layout,
+)
+"""`(safe_softmax(q @ k) * drawn * factor) @ v`, and the logarithms of the softmax's sums, of `(B, H, T, D)`,
+`(B, H, D, S)`, `(B, H, S, E)` and `(B, H, T, S)`: float32, on the CPU, of any strides."""
+
+attention_dropout_backward = operation(
+    "attention_dropout_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor drawn, Tensor sums, "
+    "float factor, bool is_causal) -> (Tensor, Tensor, Tensor)",
+    "attention",
+    _run_dropout_backward,
+    _empty_dropout_backward,
+    torch.Tag.flexible_layout,
+)
+"""The gradients of q, k and v, given that of the result, the arguments and the sums."""
