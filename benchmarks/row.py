@@ -130,12 +130,20 @@ def measure(request: Request) -> dict[str, object]:
     gc.freeze()  # what is there already is no rival's; to look through it each time takes seconds
     for number, group in enumerate(groups(request, case)):
         running = start_all(request, [Started(rival, group=number) for rival in group], checks, begin)
+        _collected()  # nor is what all of them have compiled, while one runs
         clock(request, case, running, batches)
         started += running
-        gc.collect()
+        gc.unfreeze()
+        _collected()
     gc.unfreeze()
     floor = costs.floor(case, request.members, batches[0], request.device) if request.costs else None
     return document(request, case, started, floor)
+
+
+def _collected() -> None:
+    """From here on nobody looks through what is there now."""
+    gc.collect()
+    gc.freeze()
 
 
 def groups(request: Request, case: Case) -> list[list[Rival]]:
