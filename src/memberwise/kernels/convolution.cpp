@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 64;  // tiles at a time, whose points stay in the second cache
+constexpr int64_t PANELS = 4;  // of results' points at a time, which stay there as well
 constexpr int64_t DEEP_TAPS = 128;  // rows of weights at a time, if they become points on the way
 
 int threads() {
@@ -89,15 +90,18 @@ bool convolve(const Images& in, const Images& out, int64_t images, const Taps& t
         for (int64_t task = 0; task < tasks; task++) {
             const int64_t block = task / parts, part = task % parts, count = blocks.size(block);
             const int64_t first = panels * part / parts, last = panels * (part + 1) / parts;
-            const int64_t deep = whole(in.channels, LANES) + LINE, wide = (last - first) * PANEL + LINE;
+            const int64_t deep = whole(in.channels, LANES) + LINE, wide = least(PANELS, last - first) * PANEL + LINE;
             const int64_t size = PRODUCTS<S> * (Points::apart(blocks.most * deep) + Points::apart(blocks.most * wide));
             const Points v(own.of(size + blocks.strip() + WEIGHTS * Weights<S>::all(1, DEEP_TAPS)), blocks.most, deep);
             const Points m(v.end(PRODUCTS<S>), blocks.most, wide);
             float* const strip = m.end(PRODUCTS<S>);
             blocks.numbers(in, block, strip, v);
-            if (once) weights.multiply_once(v, count, first, last, m, strip + blocks.strip());
-            else weights.multiply_by(v, count, first, last, m);
-            blocks.results(m, first * PANEL, least(last * PANEL, out.channels), block, strip, out, check);
+            for (int64_t panel = first; panel < last; panel += PANELS) {
+                const int64_t end = least(panel + PANELS, last);
+                if (once) weights.multiply_once(v, count, panel, end, m, strip + blocks.strip());
+                else weights.multiply_by(v, count, panel, end, m);
+                blocks.results(m, panel * PANEL, least(end * PANEL, out.channels), block, strip, out, check);
+            }
         }
         right = finite(check);
     }

@@ -8,10 +8,10 @@ namespace {
 
 constexpr int LANES = W<float>;
 constexpr int TAPS = 9;
+constexpr int64_t LINE = 16;  // numbers in a line of the cache
 constexpr int WEIGHTS = KINDS * KINDS;  // points of 3 x 3 weights
 template <class S> constexpr int PRODUCTS = S::POINTS * S::POINTS;  // points of a tile
 constexpr int64_t PANEL = WIDE<float>;
-constexpr int64_t LINE = 16;  // numbers in a line of the cache
 
 #if defined(__AVX512F__)
 inline V32 some(const float* p, int n) { return _mm512_maskz_loadu_ps((1u << n) - 1, p); }
@@ -58,6 +58,7 @@ void spread(const Images& from, const float* planes, int lanes, int64_t y, int64
     for (int64_t p = row * from.width; p < end; p += LANES) {
         const int count = int(least(LANES, end - p));
         V32 number[LANES];
+        for (int k = 0; k < lanes; k++) __builtin_prefetch(planes + (LANES + k) * plane + p);  // what comes next
         take(planes + p, plane, lanes, count, number);
         for (int k = 0; k < count; k++) {
             if (column - x < columns) store(to + ((row - y) * columns + column - x) * LANES, number[k]);
@@ -228,35 +229,39 @@ struct Blocks {
         return std::max(high(step) * columns, S::OUT * S::OUT * step * tiles.wide) * LANES;
     }
 
+    // of all channels
     void numbers(const Images& in, int64_t block, float* strip, const Points& to) const {
-        for (int64_t lane = 0; lane < in.channels; lane += LANES)
-            segments(tiles, begin(block), end(block), [&](int64_t image, int64_t row, int64_t rows, int64_t tile) {
+        segments(tiles, begin(block), end(block), [&](int64_t image, int64_t row, int64_t rows, int64_t tile) {
+            for (int64_t lane = 0; lane < in.channels; lane += LANES) {
                 spread(in, in.plane(image, lane), int(least(LANES, in.channels - lane)), S::STEP * row - around.top,
                        high(rows), -around.left, columns, strip);
                 points_of(strip, columns, rows, tiles.wide, S::STEP, to, tile, lane, S::of_numbers);
-            });
+            }
+        });
     }
 
     // of the channels [first, last)
     void gradients(const Images& grad, int64_t first, int64_t last, int64_t block, float* strip,
                    const Points& to) const {
         const int64_t wide = S::OUT * tiles.wide;
-        for (int64_t lane = first; lane < last; lane += LANES)
-            segments(tiles, begin(block), end(block), [&](int64_t image, int64_t row, int64_t rows, int64_t tile) {
+        segments(tiles, begin(block), end(block), [&](int64_t image, int64_t row, int64_t rows, int64_t tile) {
+            for (int64_t lane = first; lane < last; lane += LANES) {
                 spread(grad, grad.plane(image, lane), int(least(LANES, last - lane)), S::OUT * row, S::OUT * rows, 0,
                        wide, strip);
                 points_of(strip, wide, rows, tiles.wide, S::OUT, to, tile, lane - first, S::of_gradients);
-            });
+            }
+        });
     }
 
     void results(const Points& from, int64_t first, int64_t last, int64_t block, float* strip, const Images& out,
                  V32& check) const {
-        for (int64_t lane = first; lane < last; lane += LANES)
-            segments(tiles, begin(block), end(block), [&](int64_t image, int64_t row, int64_t rows, int64_t tile) {
+        segments(tiles, begin(block), end(block), [&](int64_t image, int64_t row, int64_t rows, int64_t tile) {
+            for (int64_t lane = first; lane < last; lane += LANES) {
                 results_of(from, tile, lane - first, rows, tiles.wide, strip, check, S::of_results);
                 gather(out, out.plane(image, lane), int(least(LANES, last - lane)), S::OUT * row - before.top,
                        S::OUT * rows, -before.left, S::OUT * tiles.wide, strip);
-            });
+            }
+        });
     }
 };
 
