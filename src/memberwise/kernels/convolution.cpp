@@ -11,7 +11,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 64;  // tiles at a time, whose points stay in the second cache
-constexpr int64_t PANELS = 4;  // of results' points at a time, which stay there as well
+constexpr int64_t PANELS = 2;  // of results' points at a time, which stay there as well
 constexpr int64_t DEEP_TAPS = 128;  // rows of weights at a time, if they become points on the way
 
 int threads() {
