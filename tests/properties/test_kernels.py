@@ -156,9 +156,7 @@ def test_convolutions(
     st.integers(1, 2),
     st.integers(0, 2),
 )
-def test_what_is_not_finite_is_what_torch_gives(
-    seed: int, value: float, where: str, stride: int, padding: int
-) -> None:
+def test_what_is_not_finite_is_what_torch_gives(seed: int, value: float, where: str, stride: int, padding: int) -> None:
     """Not spread over the tile in which it lies, also where no result reads it (the last row, two apart)."""
     generator = torch.Generator().manual_seed(seed)
     side = (6 + 2 * padding - 3) // stride + 1

@@ -1,5 +1,6 @@
-// How many products fewer: the schemes of a convolution of 3 taps along one dimension. Each is what becomes of a tile's
-// numbers, gradients and weights, point by point; the points' products, back, are the results, or the weights' gradient.
+// Schemes of a convolution of 3 taps along one dimension, by which it takes fewer products: what becomes of a tile's
+// numbers, gradients and weights as points, and of the points' products as results, or, summed up, as the weights'
+// gradient.
 
 namespace {
 

@@ -8,10 +8,10 @@ namespace {
 
 constexpr int LANES = W<float>;
 constexpr int TAPS = 9;
-constexpr int64_t LINE = 16;  // numbers in a line of the cache
 constexpr int WEIGHTS = KINDS * KINDS;  // points of 3 x 3 weights
 template <class S> constexpr int PRODUCTS = S::POINTS * S::POINTS;  // points of a tile
 constexpr int64_t PANEL = WIDE<float>;
+constexpr int64_t LINE = 16;  // numbers in a line of the cache
 
 #if defined(__AVX512F__)
 inline V32 some(const float* p, int n) { return _mm512_maskz_loadu_ps((1u << n) - 1, p); }
@@ -111,9 +111,11 @@ struct Points {
     float* at(int point, int64_t tile, int64_t channel) const { return data + point * size + tile * pitch + channel; }
 };
 
+template <int IN, int OUT> using Along = void (*)(const V32 (&)[IN], V32 (&)[OUT]);
+
 // a transformation along both dimensions: x, of IN x IN numbers, becomes T x T^T
-template <int IN, int OUT, class Along>
-inline void both_ways(const V32 (&x)[IN][IN], V32 (&y)[OUT][OUT], Along along) {
+template <int IN, int OUT>
+inline void both_ways(const V32 (&x)[IN][IN], V32 (&y)[OUT][OUT], Along<IN, OUT> along) {
     V32 half[OUT][IN];
     for (int b = 0; b < IN; b++) {
         V32 column[IN], made[OUT];
@@ -123,8 +125,6 @@ inline void both_ways(const V32 (&x)[IN][IN], V32 (&y)[OUT][OUT], Along along) {
     }
     for (int a = 0; a < OUT; a++) along(half[a], y[a]);
 }
-
-template <int IN, int OUT> using Along = void (*)(const V32 (&)[IN], V32 (&)[OUT]);
 
 // of each tile, whose numbers begin `step` apart, the points
 template <int IN, int POINTS>
