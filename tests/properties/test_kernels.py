@@ -121,6 +121,7 @@ CHANNELS = st.sampled_from([1, 3, 8, 15, 16, 17, 33, 48, 140])
 @example(9, 1, (16, 33), (8, 8), 1, (1, 1), 0)
 @example(1, 2, (140, 16), (4, 3), 1, (2, 0), 0)
 @example(5, 1, (16, 16), (40, 37), 1, (1, 1), 0)
+@example(9, 1, (512, 16), (8, 7), 1, (1, 1), 0)
 @example(9, 1, (16, 33), (16, 15), 2, (1, 2), 0)
 @example(1, 2, (140, 16), (4, 3), 2, (0, 1), 0)
 @example(5, 1, (16, 16), (80, 34), 2, (1, 0), 0)
@@ -147,6 +148,23 @@ def test_convolutions(
     terms = (wide / deep) ** 0.5, (images * expected[0, 0].numel()) ** 0.5
     for ours, theirs, size_of in zip(found, torch.autograd.grad(expected, alone, grad.double()), terms, strict=True):
         assert_equal(ours / size_of, theirs.float() / size_of)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("images", [1, 40])
+def test_convolutions_by_several_threads(images: int, stride: int) -> None:
+    """Few tiles are split by channels, many by blocks: the results are the same to the last bit."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(images, 40, 9, 8, generator=generator), torch.randn(70, 40, 3, 3, generator=generator)
+    settings = (stride, 1, 1, 1)
+    grad = convolution3x3(x, w, *settings)
+    both = (grad, *convolution3x3_backward(grad, x, w, *settings))
+    torch.set_num_threads(1)
+    alone = (convolution3x3(x, w, *settings), *convolution3x3_backward(grad, x, w, *settings))
+    assert all(map(torch.equal, both, alone))
+    expected = conv2d(x.double(), w.double(), stride=stride, padding=1)
+    assert_equal(grad / 360**0.5, expected.float() / 360**0.5)
 
 
 @given(

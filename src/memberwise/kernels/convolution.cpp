@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 64;  // tiles at a time, whose points stay in the second cache
+constexpr int64_t MANY = 512;  // channels whose weights are so many that to read them less often is worth more
 constexpr int64_t PANELS = 2;  // of results' points at a time, which stay there as well
 constexpr int64_t DEEP_TAPS = 128;  // rows of weights at a time, if they become points on the way
 
@@ -72,7 +73,7 @@ struct Weights {
 // out = in convolved with the taps, of one group; whether all of it is finite
 template <class S>
 bool convolve(const Images& in, const Images& out, int64_t images, const Taps& taps, Edges around, Edges before) {
-    const Blocks<S> blocks(out, images, around, before, BLOCK);
+    const Blocks<S> blocks(out, images, around, before, in.channels < MANY ? BLOCK : 2 * BLOCK);
     const int64_t panels = (out.channels + PANEL - 1) / PANEL;
     const bool once = blocks.count == 1;
     const int64_t parts = once ? least(panels, threads()) : 1, tasks = blocks.count * parts;
