@@ -168,6 +168,7 @@ template <class S>
 void weights_of(const Taps& w, int64_t lane, int lanes, int64_t row, int64_t rows, float* to, int64_t size) {
     for (int64_t r = 0; r < rows; r++) {
         const float* from = w.data + lane * w.lane + (row + r) * w.row;
+        for (int k = 0; k < lanes; k++) __builtin_prefetch(from + k * w.lane + 4 * w.row);  // a row to come
         V32 tap[3][3], y[KINDS][KINDS], x[LANES];
         for (int base = 0; base < TAPS; base += LANES) {
             const int count = int(least(LANES, TAPS - base));
