@@ -61,25 +61,20 @@ void spread(const Images& from, const float* planes, int lanes, int64_t y, int64
         for (int k = 0; k < lanes; k++) __builtin_prefetch(planes + (LANES + k) * plane + p);  // what comes next
         take(planes + p, plane, lanes, count, number);
         for (int k = 0; k < count; k++) {
-            if (column - x < columns) store(to + ((row - y) * columns + column - x) * LANES, number[k]);
+            store(to + ((row - y) * columns + column - x) * LANES, number[k]);
             if (++column == from.width) column = 0, row++;
         }
     }
 }
 
-// the way back; what lies outside is left out
-void gather(const Images& to, float* planes, int lanes, int64_t y, int64_t rows, int64_t x, int64_t columns,
-            const float* from) {
-    const int64_t plane = to.height * to.width, end = least(y + rows, to.height) * to.width;
-    int64_t row = y < 0 ? 0 : y, column = 0;
-    for (int64_t p = row * to.width; p < end; p += LANES) {
-        const int count = int(least(LANES, end - p));
+// the way back: `rows` x width numbers, lane by lane, to rows from y on of up to LANES planes
+void gather(const Images& to, float* planes, int lanes, int64_t y, int64_t rows, const float* from) {
+    const int64_t plane = to.height * to.width, begin = y * to.width, count = rows * to.width;
+    for (int64_t p = 0; p < count; p += LANES) {
+        const int width = int(least(LANES, count - p));
         V32 number[LANES];
-        for (int k = 0; k < LANES; k++) {
-            number[k] = k < count ? load(from + ((row - y) * columns + column - x) * LANES) : each(0.f);
-            if (++column == to.width) column = 0, row++;
-        }
-        give(number, count, planes + p, plane, lanes);
+        for (int k = 0; k < LANES; k++) number[k] = k < width ? load(from + (p + k) * LANES) : each(0.f);
+        give(number, width, planes + begin + p, plane, lanes);
     }
 }
 
@@ -140,10 +135,11 @@ inline void points_of(const float* d, int64_t columns, int64_t rows, int64_t wid
         }
 }
 
-// of each tile, the results; what it adds to `check` is NaN if one of them is not finite
+// of each tile, the results that lie in `high` x `width`, which begin at (top, left) of the first tile; what it adds to
+// `check` is NaN if one of them is not finite
 template <int POINTS, int OUT>
-inline void results_of(const Points& from, int64_t tile, int64_t lane, int64_t rows, int64_t wide, float* to,
-                       V32& check, Along<POINTS, OUT> along) {
+inline void results_of(const Points& from, int64_t tile, int64_t lane, int64_t rows, int64_t wide, Edges edges,
+                       int64_t high, int64_t width, float* to, V32& check, Along<POINTS, OUT> along) {
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < wide; j++, tile++) {
             V32 x[POINTS][POINTS], y[OUT][OUT];
@@ -151,8 +147,10 @@ inline void results_of(const Points& from, int64_t tile, int64_t lane, int64_t r
             both_ways(x, y, along);
             for (int a = 0; a < OUT; a++)
                 for (int b = 0; b < OUT; b++) {
-                    store(to + ((OUT * i + a) * OUT * wide + OUT * j + b) * LANES, y[a][b]);
+                    const int64_t row = OUT * i + a - edges.top, column = OUT * j + b - edges.left;
+                    if (row < 0 || row >= high || column < 0 || column >= width) continue;
                     check = fma(y[a][b], each(0.f), check);
+                    store(to + (row * width + column) * LANES, y[a][b]);
                 }
         }
 }
@@ -216,11 +214,12 @@ template <class S>
 struct Blocks {
     const Edges around, before;  // of the numbers; of the results: what of the tiles is none
     const Tiles tiles;
-    const int64_t step, count, most, columns;
+    const int64_t step, count, most;
+    const int64_t columns;  // of the numbers: all that there are, for `spread`, if no result reads the last of them, too
     Blocks(const Images& results, int64_t images, Edges around, Edges before, int64_t size)
         : around(around), before(before), tiles(results, images, before, S::OUT),
           step(std::max<int64_t>(1, size / tiles.wide)), count((tiles.rows() + step - 1) / step),
-          most(least(step, tiles.rows()) * tiles.wide), columns(S::STEP * tiles.wide + S::IN - S::STEP) {}
+          most(least(step, tiles.rows()) * tiles.wide), columns(S::STEP * tiles.wide + 2) {}
     int64_t begin(int64_t block) const { return block * step; }
     int64_t end(int64_t block) const { return least(begin(block) + step, tiles.rows()); }
     int64_t size(int64_t block) const { return (end(block) - begin(block)) * tiles.wide; }
@@ -257,10 +256,12 @@ struct Blocks {
     void results(const Points& from, int64_t first, int64_t last, int64_t block, float* strip, const Images& out,
                  V32& check) const {
         segments(tiles, begin(block), end(block), [&](int64_t image, int64_t row, int64_t rows, int64_t tile) {
+            const int64_t begin = S::OUT * row - before.top, y = std::max<int64_t>(begin, 0);
+            const int64_t high = least(begin + S::OUT * rows, out.height) - y;
             for (int64_t lane = first; lane < last; lane += LANES) {
-                results_of(from, tile, lane - first, rows, tiles.wide, strip, check, S::of_results);
-                gather(out, out.plane(image, lane), int(least(LANES, last - lane)), S::OUT * row - before.top,
-                       S::OUT * rows, -before.left, S::OUT * tiles.wide, strip);
+                results_of(from, tile, lane - first, rows, tiles.wide, {y - begin, before.left}, high, out.width, strip,
+                           check, S::of_results);
+                gather(out, out.plane(image, lane), int(least(LANES, last - lane)), y, high, strip);
             }
         });
     }
