@@ -1,6 +1,6 @@
 // Convolutions of 3 x 3 taps, one or two apart, and their gradients: 16 or 25 products for each tile of 2 x 2 results
-// (`tiles.h`), not 36. Where a number is not finite, the other results of its tile would not be either: then there is no
-// answer, and torch's kernel serves.
+// (`tiles.h`), not 36. Where a number is not finite, the other results of its tile would not be either: then there is
+// no answer, and torch's kernel serves.
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 

@@ -215,7 +215,7 @@ struct Blocks {
     const Edges around, before;  // of the numbers; of the results: what of the tiles is none
     const Tiles tiles;
     const int64_t step, count, most;
-    const int64_t columns;  // of the numbers: all that there are, for `spread`, if no result reads the last of them, too
+    const int64_t columns;  // of the numbers: for `spread` all that there are, if no result reads the last one, too
     Blocks(const Images& results, int64_t images, Edges around, Edges before, int64_t size)
         : around(around), before(before), tiles(results, images, before, S::OUT),
           step(std::max<int64_t>(1, size / tiles.wide)), count((tiles.rows() + step - 1) / step),
@@ -225,9 +225,7 @@ struct Blocks {
     int64_t size(int64_t block) const { return (end(block) - begin(block)) * tiles.wide; }
     int64_t high(int64_t rows) const { return S::STEP * rows + S::IN - S::STEP; }
     // numbers that `spread` makes, or `gather` takes, at a time
-    int64_t strip() const {
-        return std::max(high(step) * columns, S::OUT * S::OUT * step * tiles.wide) * LANES;
-    }
+    int64_t strip() const { return std::max(high(step) * columns, S::OUT * S::OUT * step * tiles.wide) * LANES; }
 
     // of all channels
     void numbers(const Images& in, int64_t block, float* strip, const Points& to) const {
