@@ -1,7 +1,7 @@
 """Convolutions of 3 x 3 taps in float32 on the CPU, one or two apart, and their gradients, in 16 or 25 products of 36.
 
 torch's, by oneDNN, multiply at three quarters of what a Zen 5 can do: fewer products are what is left. ResNet-18's
-take 0.5 to 0.75 of torch's time, those two apart 0.55 to 0.95. Where a result is not finite torch's kernel answers:
+take 0.5 to 0.75 of torch's time, those two apart 0.5 to 0.97. Where a result is not finite torch's kernel answers:
 ours would spread it over a tile.
 """
 
