@@ -172,7 +172,7 @@ def _images(deep: int = 16, wide: int = 16, taps: int = 3, **kind: Any) -> list[
 @pytest.mark.usefixtures("_ours")
 def test_convolutions_are_ours_forward_and_backward() -> None:
     both = [str(convolution3x3), str(convolution3x3_backward)]
-    for settings in ((), (None, 1, 1), (None, 1, (2, 0))):
+    for settings in ((), (None, 1, 1), (None, 1, (2, 0)), (None, 2), (None, 2, (1, 2))):
         assert _chosen(_convolving(*settings), *_images()) == both, settings
     grouped = _images(16, 32)
     grouped[0] = torch.randn(2, 32, 6, 7, requires_grad=True)
@@ -185,7 +185,7 @@ def test_convolutions_are_ours_forward_and_backward() -> None:
 @pytest.mark.usefixtures("_ours")
 def test_other_convolutions_are_torchs() -> None:
     both = {str(convolution3x3), str(convolution3x3_backward)}
-    for settings in ((None, 2), (None, 1, 1, 2), (None, 1, 3)):
+    for settings in ((None, 3), (None, (1, 2)), (None, 1, 1, 2), (None, 1, 3), (None, 2, 3)):
         assert not both & set(_chosen(_convolving(*settings), *_images())), settings
     assert str(convolution3x3) not in _chosen(_convolving(torch.ones(16)), *_images()), "ours adds no bias"
     for images in (_images(8), _images(16, 8), _images(taps=1), _images(taps=5), _images(dtype=torch.float64)):
@@ -193,16 +193,16 @@ def test_other_convolutions_are_torchs() -> None:
 
 
 class _Residual(nn.Module):
-    """Channels that fill a vector, and some more."""
+    """Channels that fill a vector, and some more; the last convolution's results are two apart."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.norm = nn.Conv2d(3, 18, 3, padding=1, bias=False), nn.BatchNorm2d(18)
-        self.second, self.third = (nn.Conv2d(18, 18, 3, padding=1, bias=False) for _ in range(2))
+        self.second, self.third = (nn.Conv2d(18, 18, 3, stride, padding=1, bias=False) for stride in (1, 2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.first(x)).relu()
-        return self.third(self.second(x).relu()) + x
+        return self.third(self.second(x).relu()) + x[..., ::2, ::2]
 
 
 @pytest.mark.usefixtures("_ours")
@@ -212,6 +212,7 @@ def test_the_same_step_of_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     own = with_ours(unfused(program.graph), program.values[: program.count])
     served = [node.target for node in own.graph.nodes if "convolution3x3" in str(node.target)]
     assert served == [convolution3x3] * 2 + [convolution3x3_backward] * 2
+    assert [node.args[-4] for node in own.graph.nodes if node.target in served] == [1, 2, 2, 1], "strides"
     assert_computes_the_same(program, own, calls=1)
 
 
@@ -231,29 +232,30 @@ def test_with_the_channels_last_convolutions_are_torchs(monkeypatch: pytest.Monk
     assert_computes_the_same(program, own, calls=1)
 
 
-def _convolved() -> tuple[fx.GraphModule, Callable[[], list[torch.Tensor]]]:
+def _convolved(stride: int) -> tuple[fx.GraphModule, Callable[[], list[torch.Tensor]]]:
     """A graph that convolves by ours, forward and backward."""
     graph = fx.Graph()
     x, w = graph.placeholder("x"), graph.placeholder("w")
-    out = graph.call_function(convolution3x3, (x, w, 1, 1, 1))
-    back = graph.call_function(convolution3x3_backward, (out, x, w, 1, 1, 1))
+    out = graph.call_function(convolution3x3, (x, w, stride, 1, 0, 1))
+    back = graph.call_function(convolution3x3_backward, (out, x, w, stride, 1, 0, 1))
     graph.output((out, *(graph.call_function(operator.getitem, (back, k)) for k in range(2))))
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(size, generator=generator) for size in ((2, 16, 5, 5), (16, 16, 3, 3))]
     return fx.GraphModule({}, graph), lambda: [one.clone() for one in given]
 
 
-def test_a_compiled_convolution_that_is_not_finite_is_torchs() -> None:
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_compiled_convolution_that_is_not_finite_is_torchs(stride: int) -> None:
     """By the function in C as by Python."""
-    module, trial = _convolved()
+    module, trial = _convolved(stride)
     run = Compiled(1, "inductor").get(module, trial(), trial)
     assert isinstance(run, Entry)
     for value in (1.0, torch.nan, torch.inf):
         x, w = trial()
         x[1, 3, 2, 2] = value
-        expected = _aten.convolution(x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
-        settings = [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
-        grads = _aten.convolution_backward(expected, x, w, None, *settings)[:2]
+        settings = [stride, stride], [1, 0], [1, 1], False, [0, 0], 1
+        expected = _aten.convolution(x, w, None, *settings)
+        grads = _aten.convolution_backward(expected, x, w, None, *settings, [True, True, False])[:2]
         for found, theirs in zip(run(x, w), (expected, *grads), strict=True):
             assert_equal(found / 10, theirs / 10)
 

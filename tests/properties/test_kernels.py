@@ -180,43 +180,83 @@ CHANNELS = st.sampled_from([1, 3, 8, 15, 16, 17, 33, 48, 140])
     st.integers(1, 3),
     st.tuples(CHANNELS, CHANNELS),
     st.tuples(st.integers(3, 20), st.integers(3, 20)),
+    st.integers(1, 2),
     st.tuples(st.integers(0, 2), st.integers(0, 2)),
     st.integers(0, 99),
 )
-@example(9, 1, (16, 33), (8, 8), (1, 1), 0)
-@example(1, 2, (140, 16), (4, 3), (2, 0), 0)
-@example(5, 1, (16, 16), (40, 37), (1, 1), 0)
+@example(9, 1, (16, 33), (8, 8), 1, (1, 1), 0)
+@example(1, 2, (140, 16), (4, 3), 1, (2, 0), 0)
+@example(5, 1, (16, 16), (40, 37), 1, (1, 1), 0)
+@example(9, 1, (512, 16), (8, 7), 1, (1, 1), 0)
+@example(9, 1, (16, 33), (16, 15), 2, (1, 2), 0)
+@example(1, 2, (140, 16), (4, 3), 2, (0, 1), 0)
+@example(5, 1, (16, 16), (80, 34), 2, (1, 0), 0)
 def test_convolutions(
-    images: int, groups: int, channels: tuple[int, int], size: tuple[int, int], padding: tuple[int, int], seed: int
+    images: int,
+    groups: int,
+    channels: tuple[int, int],
+    size: tuple[int, int],
+    stride: int,
+    padding: tuple[int, int],
+    seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     deep, wide = channels
     x = torch.randn(images, groups * deep, *size, generator=generator)
     w = torch.randn(groups * wide, deep, 3, 3, generator=generator) / (9 * deep) ** 0.5
     alone = [one.double().requires_grad_() for one in (x, w)]
-    expected = conv2d(*alone, padding=padding, groups=groups)
-    out = convolution3x3(x, w, *padding, groups)
+    expected = conv2d(*alone, stride=stride, padding=padding, groups=groups)
+    out = convolution3x3(x, w, stride, *padding, groups)
     assert out.is_contiguous()
     assert_equal(out, expected.detach().float())
     grad = torch.randn(expected.shape, generator=generator)
-    found = convolution3x3_backward(grad, x, w, *padding, groups)
+    found = convolution3x3_backward(grad, x, w, stride, *padding, groups)
     terms = (wide / deep) ** 0.5, (images * expected[0, 0].numel()) ** 0.5
     for ours, theirs, size_of in zip(found, torch.autograd.grad(expected, alone, grad.double()), terms, strict=True):
         assert_equal(ours / size_of, theirs.float() / size_of)
 
 
-@given(st.integers(0, 99), st.sampled_from([torch.nan, torch.inf, -torch.inf]), st.sampled_from(["x", "w", "grad"]))
-def test_what_is_not_finite_is_what_torch_gives(seed: int, value: float, where: str) -> None:
-    """Not spread over the tile in which it lies."""
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("images", "deep", "side"), [(1, 250, 9), (9, 40, 33)])
+def test_convolutions_by_several_threads(images: int, deep: int, side: int, stride: int) -> None:
+    """Few tiles are split by channels, many by blocks: the results are the same to the last bit.
+
+    It takes each thread longer than the other's start, so that they would meet if they shared memory.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = (images, deep, side, side), (300, deep, 3, 3)
+    x, w = (torch.randn(shape, generator=generator) for shape in shapes)
+    settings = (stride, 1, 1, 1)
+    grad = convolution3x3(x, w, *settings)
+    both = (grad, *convolution3x3_backward(grad, x, w, *settings))
+    torch.set_num_threads(1)
+    alone = (convolution3x3(x, w, *settings), *convolution3x3_backward(grad, x, w, *settings))
+    assert all(map(torch.equal, both, alone))
+    expected = conv2d(x.double(), w.double(), stride=stride, padding=1)
+    assert_equal(grad / (9 * deep) ** 0.5, expected.float() / (9 * deep) ** 0.5)
+
+
+@given(
+    st.integers(0, 99),
+    st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    st.sampled_from(["x", "w", "grad"]),
+    st.integers(1, 2),
+    st.integers(0, 2),
+)
+def test_what_is_not_finite_is_what_torch_gives(seed: int, value: float, where: str, stride: int, padding: int) -> None:
+    """Not spread over the tile in which it lies, also where no result reads it (the last row, two apart)."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"grad": (2, 16, 6, 6), "x": (2, 16, 6, 6), "w": (16, 16, 3, 3)}
+    side = (6 + 2 * padding - 3) // stride + 1
+    shapes = {"grad": (2, 16, side, side), "x": (2, 16, 6, 6), "w": (16, 16, 3, 3)}
     given = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    given[where].view(-1)[seed * 7] = value
+    given[where].view(-1)[seed * 97 % given[where].numel()] = value
     grad, x, w = given.values()
     alone = [one.clone().requires_grad_() for one in (x, w)]
-    expected = conv2d(*alone, padding=1)
-    assert_equal(convolution3x3(x, w, 1, 1, 1), expected.detach())
+    expected = conv2d(*alone, stride=stride, padding=padding)
+    settings = (stride, padding, padding, 1)
+    assert_equal(convolution3x3(x, w, *settings), expected.detach())
     for ours, theirs in zip(
-        convolution3x3_backward(grad, x, w, 1, 1, 1), torch.autograd.grad(expected, alone, grad), strict=True
+        convolution3x3_backward(grad, x, w, *settings), torch.autograd.grad(expected, alone, grad), strict=True
     ):
         assert_equal(ours / 10, theirs / 10)

@@ -65,9 +65,9 @@ NARROWEST = 16
 
 def _convolved(x: Any, w: Any, bias: Any, stride: Any, padding: Any, *rest: Any) -> tuple[Any, ...] | None:
     *common, groups = rest
-    fits = bias is None and common == [[1, 1], False, [0, 0]] and stride == [1, 1] and w.shape[2:] == (3, 3)
+    fits = bias is None and common == [[1, 1], False, [0, 0]] and stride in ([1, 1], [2, 2]) and w.shape[2:] == (3, 3)
     wide = fits and min(w.shape[1], w.shape[0] // groups) >= NARROWEST
-    return (x, w, *padding, groups) if wide and max(padding) <= 2 and 0 not in x.shape else None
+    return (x, w, stride[0], *padding, groups) if wide and max(padding) <= 2 and 0 not in x.shape else None
 
 
 def _convolved_backward(grad: Any, x: Any, w: Any, sizes: Any, *rest: Any) -> tuple[Any, ...] | None:

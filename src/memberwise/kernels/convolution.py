@@ -1,7 +1,8 @@
-"""Convolutions of 3 x 3 taps in float32 on the CPU, and their gradients, in 16 products of 36 (Winograd's F(2x2, 3x3)).
+"""Convolutions of 3 x 3 taps in float32 on the CPU, one or two apart, and their gradients, in 16 or 25 products of 36.
 
 torch's, by oneDNN, multiply at three quarters of what a Zen 5 can do: fewer products are what is left. ResNet-18's
-take 0.5 to 0.75 of torch's time. Where a result is not finite torch's kernel answers: ours would spread it over a tile.
+take 0.5 to 0.75 of torch's time, those two apart 0.5 to 0.97. Where a result is not finite torch's kernel answers:
+ours would spread it over a tile.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from memberwise.kernels.library import library, operation
 
 class _Sizes(ctypes.Structure):
     _fields_ = tuple(
-        (name, ctypes.c_int64) for name in ("images", "groups", "in", "out", "height", "width", "top", "left")
+        (name, ctypes.c_int64) for name in ("images", "groups", "in", "out", "height", "width", "stride", "top", "left")
     )
 
 
@@ -28,12 +29,12 @@ def _kernel(name: str, tensors: int) -> Any:
     return found
 
 
-def _is_right(name: str, *tensors: torch.Tensor, settings: tuple[int, int, int]) -> bool:
+def _is_right(name: str, *tensors: torch.Tensor, settings: tuple[int, ...]) -> bool:
     """Whether the kernel answered; the last two are x and w."""
     x, w = tensors[-2:]
-    top, left, groups = settings
+    *steps, groups = settings
     images, channels, height, width = x.shape
-    sizes = _Sizes(images, groups, channels // groups, w.shape[0] // groups, height, width, top, left)
+    sizes = _Sizes(images, groups, channels // groups, w.shape[0] // groups, height, width, *steps)
     return _kernel(name, len(tensors))(*(one.data_ptr() for one in tensors), sizes)
 
 
@@ -53,13 +54,14 @@ def _run_backward(grad: torch.Tensor, x: torch.Tensor, w: torch.Tensor, *setting
     return torch.ops.aten.convolution_backward(grad, x, w, None, *_theirs(*settings), [True, True, False])[:2]
 
 
-def _theirs(top: int, left: int, groups: int) -> tuple[Any, ...]:
+def _theirs(stride: int, top: int, left: int, groups: int) -> tuple[Any, ...]:
     """The same as torch's arguments from stride on."""
-    return [1, 1], [top, left], [1, 1], False, [0, 0], groups
+    return [stride, stride], [top, left], [1, 1], False, [0, 0], groups
 
 
-def _empty(x: torch.Tensor, w: torch.Tensor, top: int, left: int, groups: int) -> torch.Tensor:
-    return x.new_empty(x.shape[0], w.shape[0], x.shape[2] + 2 * top - 2, x.shape[3] + 2 * left - 2)
+def _empty(x: torch.Tensor, w: torch.Tensor, stride: int, top: int, left: int, groups: int) -> torch.Tensor:
+    sides = ((x.shape[k] + 2 * padding - 3) // stride + 1 for k, padding in ((2, top), (3, left)))
+    return x.new_empty(x.shape[0], w.shape[0], *sides)
 
 
 def _empty_backward(grad: torch.Tensor, x: torch.Tensor, w: torch.Tensor, *_: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,17 +69,18 @@ def _empty_backward(grad: torch.Tensor, x: torch.Tensor, w: torch.Tensor, *_: in
 
 
 convolution3x3 = operation(
-    "convolution3x3(Tensor x, Tensor w, int top, int left, int groups) -> Tensor",
+    "convolution3x3(Tensor x, Tensor w, int stride, int top, int left, int groups) -> Tensor",
     "convolution",
     _run,
     _empty,
     torch.Tag.needs_contiguous_strides,
 )
-"""`conv2d(x, w, padding=(top, left), groups=groups)` of `(N, C, H, W)` and `(O, C / groups, 3, 3)`: float32, on the
-CPU, with no more than 2 of padding."""
+"""`conv2d(x, w, stride=stride, padding=(top, left), groups=groups)` of `(N, C, H, W)` and `(O, C / groups, 3, 3)`:
+float32, on the CPU, with a stride of 1 or 2 and no more than 2 of padding."""
 
 convolution3x3_backward = operation(
-    "convolution3x3_backward(Tensor grad, Tensor x, Tensor w, int top, int left, int groups) -> (Tensor, Tensor)",
+    "convolution3x3_backward(Tensor grad, Tensor x, Tensor w, int stride, int top, int left, int groups)"
+    " -> (Tensor, Tensor)",
     "convolution",
     _run_backward,
     _empty_backward,

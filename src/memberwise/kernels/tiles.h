@@ -1,14 +1,15 @@
-// Tiles of 2 x 2 results out of 4 x 4 numbers and 3 x 3 taps, F(2 x 2, 3 x 3), there and back: results, their
-// gradients, numbers and weights become 16 points each, which are multiplied one by one (Winograd, 1980; Lavin, Gray:
-// Fast Algorithms for Convolutional Neural Networks, CVPR 2016). On the way numbers of W channels lie side by side.
+// Tiles of a convolution of 3 x 3 taps, there and back: numbers, gradients and weights become points, which are
+// multiplied one by one, and these results, or sums (Winograd, 1980; Lavin, Gray: Fast Algorithms for Convolutional
+// Neural Networks, CVPR 2016), by a scheme S of `schemes.h`. On the way numbers of W channels lie side by side.
 
 #include <memory>
 
 namespace {
 
 constexpr int LANES = W<float>;
-constexpr int POINTS = 16;  // products of a tile
 constexpr int TAPS = 9;
+constexpr int WEIGHTS = KINDS * KINDS;  // points of 3 x 3 weights
+template <class S> constexpr int PRODUCTS = S::POINTS * S::POINTS;  // points of a tile
 constexpr int64_t PANEL = WIDE<float>;
 constexpr int64_t LINE = 16;  // numbers in a line of the cache
 
@@ -44,7 +45,11 @@ struct Images {  // (images, channels, height, width), without gaps; the channel
     float* plane(int64_t image, int64_t channel) const { return data + (image * all + channel) * height * width; }
 };
 
-// rows [y, y + rows) and `columns` columns from x of up to LANES planes, lane by lane; what lies outside is 0
+struct Edges {  // how much lies before the first row and the first column
+    int64_t top, left;
+};
+
+// rows [y, y + rows) and `columns` columns from x <= 0 of up to LANES planes, lane by lane; what lies outside is 0
 void spread(const Images& from, const float* planes, int lanes, int64_t y, int64_t rows, int64_t x, int64_t columns,
             float* to) {
     std::fill_n(to, rows * columns * LANES, 0.f);
@@ -53,6 +58,7 @@ void spread(const Images& from, const float* planes, int lanes, int64_t y, int64
     for (int64_t p = row * from.width; p < end; p += LANES) {
         const int count = int(least(LANES, end - p));
         V32 number[LANES];
+        for (int k = 0; k < lanes; k++) __builtin_prefetch(planes + (LANES + k) * plane + p);  // what comes next
         take(planes + p, plane, lanes, count, number);
         for (int k = 0; k < count; k++) {
             store(to + ((row - y) * columns + column - x) * LANES, number[k]);
@@ -74,7 +80,9 @@ void gather(const Images& to, float* planes, int lanes, int64_t y, int64_t rows,
 
 struct Tiles {  // of the results: rows of them follow each other, image after image
     int64_t images, high, wide;
-    Tiles(const Images& out, int64_t images) : images(images), high((out.height + 1) / 2), wide((out.width + 1) / 2) {}
+    Tiles(const Images& out, int64_t images, Edges before, int64_t side)
+        : images(images), high((before.top + out.height + side - 1) / side),
+          wide((before.left + out.width + side - 1) / side) {}
     int64_t rows() const { return images * high; }
 };
 
@@ -88,19 +96,21 @@ void segments(const Tiles& tiles, int64_t begin, int64_t end, const Run& run) {
     }
 }
 
-// 16 matrices of (tiles, channels); a line lies between two, for 16 at one distance of a page share a set of the cache
+// matrices of (tiles, channels); a line lies between two, for 16 at one distance of a page share a set of the cache
 struct Points {
     float* data;
     int64_t pitch, size;
     static int64_t apart(int64_t numbers) { return whole(numbers, LINE) + LINE; }
-    static int64_t all(int64_t tiles, int64_t pitch) { return POINTS * apart(tiles * pitch); }
     Points(float* data, int64_t tiles, int64_t pitch) : data(data), pitch(pitch), size(apart(tiles * pitch)) {}
+    float* end(int points) const { return data + points * size; }
     float* at(int point, int64_t tile, int64_t channel) const { return data + point * size + tile * pitch + channel; }
 };
 
+template <int IN, int OUT> using Along = void (*)(const V32 (&)[IN], V32 (&)[OUT]);
+
 // a transformation along both dimensions: x, of IN x IN numbers, becomes T x T^T
-template <int IN, int OUT, class Along>
-inline void both_ways(const V32 (&x)[IN][IN], V32 (&y)[OUT][OUT], Along along) {
+template <int IN, int OUT>
+inline void both_ways(const V32 (&x)[IN][IN], V32 (&y)[OUT][OUT], Along<IN, OUT> along) {
     V32 half[OUT][IN];
     for (int b = 0; b < IN; b++) {
         V32 column[IN], made[OUT];
@@ -111,51 +121,37 @@ inline void both_ways(const V32 (&x)[IN][IN], V32 (&y)[OUT][OUT], Along along) {
     for (int a = 0; a < OUT; a++) along(half[a], y[a]);
 }
 
-// the five matrices T of F(2 x 2, 3 x 3), applied to one column: B^T, A, A^T, G and G^T
-inline void of_numbers(const V32 (&x)[4], V32 (&y)[4]) {
-    y[0] = x[0] - x[2], y[1] = x[1] + x[2], y[2] = x[2] - x[1], y[3] = x[1] - x[3];
-}
-inline void of_gradients(const V32 (&x)[2], V32 (&y)[4]) {
-    y[0] = x[0], y[1] = x[0] + x[1], y[2] = x[0] - x[1], y[3] = -x[1];
-}
-inline void of_results(const V32 (&x)[4], V32 (&y)[2]) { y[0] = x[0] + x[1] + x[2], y[1] = x[1] - x[2] - x[3]; }
-inline void of_weights(const V32 (&x)[3], V32 (&y)[4]) {
-    const V32 ends = each(0.5f) * (x[0] + x[2]), middle = each(0.5f) * x[1];
-    y[0] = x[0], y[1] = ends + middle, y[2] = ends - middle, y[3] = x[2];
-}
-inline void of_sums(const V32 (&x)[4], V32 (&y)[3]) {
-    const V32 both = each(0.5f) * (x[1] + x[2]);
-    y[0] = x[0] + both, y[1] = each(0.5f) * (x[1] - x[2]), y[2] = both + x[3];
-}
-
-// of each tile, whose numbers begin two apart, the points
-template <int IN, class Along>
-void points_of(const float* d, int64_t columns, int64_t rows, int64_t wide, const Points& to, int64_t tile,
-               int64_t lane, Along along) {
+// of each tile, whose numbers begin `step` apart, the points
+template <int IN, int POINTS>
+inline void points_of(const float* d, int64_t columns, int64_t rows, int64_t wide, int64_t step, const Points& to,
+                      int64_t tile, int64_t lane, Along<IN, POINTS> along) {
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < wide; j++, tile++) {
-            V32 x[IN][IN], y[4][4];
+            V32 x[IN][IN], y[POINTS][POINTS];
             for (int a = 0; a < IN; a++)
-                for (int b = 0; b < IN; b++) x[a][b] = load(d + ((2 * i + a) * columns + 2 * j + b) * LANES);
+                for (int b = 0; b < IN; b++) x[a][b] = load(d + ((step * i + a) * columns + step * j + b) * LANES);
             both_ways(x, y, along);
-            for (int k = 0; k < POINTS; k++) store(to.at(k, tile, lane), y[k / 4][k % 4]);
+            for (int k = 0; k < POINTS * POINTS; k++) store(to.at(k, tile, lane), y[k / POINTS][k % POINTS]);
         }
 }
 
-// of each tile, the results, in rows of `width`; what it adds to `check` is NaN if one of them is not finite
-void results_of(const Points& from, int64_t tile, int64_t lane, int64_t rows, int64_t high, int64_t wide, int64_t width,
-                float* to, V32& check) {
+// of each tile, the results that lie in `high` x `width`, which begin at (top, left) of the first tile; what it adds to
+// `check` is NaN if one of them is not finite
+template <int POINTS, int OUT>
+inline void results_of(const Points& from, int64_t tile, int64_t lane, int64_t rows, int64_t wide, Edges edges,
+                       int64_t high, int64_t width, float* to, V32& check, Along<POINTS, OUT> along) {
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < wide; j++, tile++) {
-            V32 x[4][4], y[2][2];
-            for (int k = 0; k < POINTS; k++) x[k / 4][k % 4] = load(from.at(k, tile, lane));
-            both_ways(x, y, of_results);
-            for (int a = 0; a < 2 && 2 * i + a < high; a++) {
-                float* at = to + ((2 * i + a) * width + 2 * j) * LANES;
-                check = fma(y[a][0], each(0.f), fma(y[a][1], each(0.f), check));
-                store(at, y[a][0]);
-                if (2 * j + 1 < width) store(at + LANES, y[a][1]);
-            }
+            V32 x[POINTS][POINTS], y[OUT][OUT];
+            for (int k = 0; k < POINTS * POINTS; k++) x[k / POINTS][k % POINTS] = load(from.at(k, tile, lane));
+            both_ways(x, y, along);
+            for (int a = 0; a < OUT; a++)
+                for (int b = 0; b < OUT; b++) {
+                    const int64_t row = OUT * i + a - edges.top, column = OUT * j + b - edges.left;
+                    if (row < 0 || row >= high || column < 0 || column >= width) continue;
+                    check = fma(y[a][b], each(0.f), check);
+                    store(to + (row * width + column) * LANES, y[a][b]);
+                }
         }
 }
 
@@ -166,10 +162,12 @@ struct Taps {  // weights, as (lanes, rows, 9), whichever of them are the result
 };
 
 // the points of up to LANES lanes and `rows` rows
+template <class S>
 void weights_of(const Taps& w, int64_t lane, int lanes, int64_t row, int64_t rows, float* to, int64_t size) {
     for (int64_t r = 0; r < rows; r++) {
         const float* from = w.data + lane * w.lane + (row + r) * w.row;
-        V32 tap[3][3], y[4][4], x[LANES];
+        for (int k = 0; k < lanes; k++) __builtin_prefetch(from + k * w.lane + 4 * w.row);  // a row to come
+        V32 tap[3][3], y[KINDS][KINDS], x[LANES];
         for (int base = 0; base < TAPS; base += LANES) {
             const int count = int(least(LANES, TAPS - base));
             take(from + base, w.lane, lanes, count, x);
@@ -178,16 +176,17 @@ void weights_of(const Taps& w, int64_t lane, int lanes, int64_t row, int64_t row
                 tap[at / 3][at % 3] = x[k];
             }
         }
-        both_ways(tap, y, of_weights);
-        for (int k = 0; k < POINTS; k++) store(to + k * size + r * PANEL, y[k / 4][k % 4]);
+        both_ways(tap, y, S::of_weights);
+        for (int k = 0; k < WEIGHTS; k++) store(to + k * size + r * PANEL, y[k / KINDS][k % KINDS]);
     }
 }
 
 // the 9 numbers of up to LANES lanes
+template <class S>
 void taps_of(const float* s, int64_t size, float* to, int lanes, V32& check) {
-    V32 x[4][4], tap[3][3], y[LANES];
-    for (int k = 0; k < POINTS; k++) x[k / 4][k % 4] = load(s + k * size);
-    both_ways(x, tap, of_sums);
+    V32 x[KINDS][KINDS], tap[3][3], y[LANES];
+    for (int k = 0; k < WEIGHTS; k++) x[k / KINDS][k % KINDS] = load(s + k * size);
+    both_ways(x, tap, S::of_sums);
     for (int k = 0; k < TAPS; k++) check = fma(tap[k / 3][k % 3], each(0.f), check);
     for (int base = 0; base < TAPS; base += LANES) {
         const int count = int(least(LANES, TAPS - base));
@@ -204,48 +203,65 @@ inline bool finite(V32 check) {
     return sum == 0;
 }
 
+// the weights' point that a tile's is multiplied with
+template <class S>
+constexpr int weight_of(int point) {
+    return S::kind(point / S::POINTS) * KINDS + S::kind(point % S::POINTS);
+}
+
 // what of the results' tiles is worked on together: whole rows of them
+template <class S>
 struct Blocks {
+    const Edges around, before;  // of the numbers; of the results: what of the tiles is none
     const Tiles tiles;
-    const int64_t top, left;  // what lies around the numbers
-    const int64_t step, count, most, columns;
-    Blocks(const Images& results, int64_t images, int64_t top, int64_t left, int64_t size)
-        : tiles(results, images), top(top), left(left), step(std::max<int64_t>(1, size / tiles.wide)),
-          count((tiles.rows() + step - 1) / step), most(least(step, tiles.rows()) * tiles.wide),
-          columns(2 * tiles.wide + 2) {}
+    const int64_t step, count, most;
+    const int64_t columns;  // of the numbers: for `spread` all that there are, if no result reads the last one, too
+    Blocks(const Images& results, int64_t images, Edges around, Edges before, int64_t size)
+        : around(around), before(before), tiles(results, images, before, S::OUT),
+          step(std::max<int64_t>(1, size / tiles.wide)), count((tiles.rows() + step - 1) / step),
+          most(least(step, tiles.rows()) * tiles.wide), columns(S::STEP * tiles.wide + 2) {}
     int64_t begin(int64_t block) const { return block * step; }
     int64_t end(int64_t block) const { return least(begin(block) + step, tiles.rows()); }
     int64_t size(int64_t block) const { return (end(block) - begin(block)) * tiles.wide; }
-    int64_t strip() const { return (2 * step + 2) * columns * LANES; }  // numbers that `spread` makes at a time
+    int64_t high(int64_t rows) const { return S::STEP * rows + S::IN - S::STEP; }
+    // numbers that `spread` makes, or `gather` takes, at a time
+    int64_t strip() const { return std::max(high(step) * columns, S::OUT * S::OUT * step * tiles.wide) * LANES; }
 
+    // of all channels
     void numbers(const Images& in, int64_t block, float* strip, const Points& to) const {
-        for (int64_t lane = 0; lane < in.channels; lane += LANES)
-            segments(tiles, begin(block), end(block), [&](int64_t image, int64_t row, int64_t rows, int64_t tile) {
-                spread(in, in.plane(image, lane), int(least(LANES, in.channels - lane)), 2 * row - top, 2 * rows + 2,
-                       -left, columns, strip);
-                points_of<4>(strip, columns, rows, tiles.wide, to, tile, lane, of_numbers);
-            });
+        segments(tiles, begin(block), end(block), [&](int64_t image, int64_t row, int64_t rows, int64_t tile) {
+            for (int64_t lane = 0; lane < in.channels; lane += LANES) {
+                spread(in, in.plane(image, lane), int(least(LANES, in.channels - lane)), S::STEP * row - around.top,
+                       high(rows), -around.left, columns, strip);
+                points_of(strip, columns, rows, tiles.wide, S::STEP, to, tile, lane, S::of_numbers);
+            }
+        });
     }
 
     // of the channels [first, last)
     void gradients(const Images& grad, int64_t first, int64_t last, int64_t block, float* strip,
                    const Points& to) const {
-        for (int64_t lane = first; lane < last; lane += LANES)
-            segments(tiles, begin(block), end(block), [&](int64_t image, int64_t row, int64_t rows, int64_t tile) {
-                spread(grad, grad.plane(image, lane), int(least(LANES, last - lane)), 2 * row, 2 * rows, 0, columns,
-                       strip);
-                points_of<2>(strip, columns, rows, tiles.wide, to, tile, lane - first, of_gradients);
-            });
+        const int64_t wide = S::OUT * tiles.wide;
+        segments(tiles, begin(block), end(block), [&](int64_t image, int64_t row, int64_t rows, int64_t tile) {
+            for (int64_t lane = first; lane < last; lane += LANES) {
+                spread(grad, grad.plane(image, lane), int(least(LANES, last - lane)), S::OUT * row, S::OUT * rows, 0,
+                       wide, strip);
+                points_of(strip, wide, rows, tiles.wide, S::OUT, to, tile, lane - first, S::of_gradients);
+            }
+        });
     }
 
     void results(const Points& from, int64_t first, int64_t last, int64_t block, float* strip, const Images& out,
                  V32& check) const {
-        for (int64_t lane = first; lane < last; lane += LANES)
-            segments(tiles, begin(block), end(block), [&](int64_t image, int64_t row, int64_t rows, int64_t tile) {
-                const int64_t high = least(2 * rows, out.height - 2 * row);
-                results_of(from, tile, lane - first, rows, high, tiles.wide, out.width, strip, check);
-                gather(out, out.plane(image, lane), int(least(LANES, last - lane)), 2 * row, high, strip);
-            });
+        segments(tiles, begin(block), end(block), [&](int64_t image, int64_t row, int64_t rows, int64_t tile) {
+            const int64_t begin = S::OUT * row - before.top, y = std::max<int64_t>(begin, 0);
+            const int64_t high = least(begin + S::OUT * rows, out.height) - y;
+            for (int64_t lane = first; lane < last; lane += LANES) {
+                results_of(from, tile, lane - first, rows, tiles.wide, {y - begin, before.left}, high, out.width, strip,
+                           check, S::of_results);
+                gather(out, out.plane(image, lane), int(least(LANES, last - lane)), y, high, strip);
+            }
+        });
     }
 };
 
