@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import memberwise
 from memberwise.capture import attended as module
@@ -17,7 +16,7 @@ from memberwise.capture.unfused import unfused
 from memberwise.construction import build
 from memberwise.kernels.library import available
 from memberwise.testing.tolerance import assert_equal
-from tests.parity.test_capture_ours import sgd_step_of
+from tests.parity.test_capture_ours import attending, sgd_step_of
 from tests.parity.test_capture_regions import Encoder, assert_computes_the_same, recorded
 
 pytestmark = pytest.mark.skipif(not available("attention"), reason="no C++ compiler, or a processor without AVX2")
@@ -43,16 +42,7 @@ def _heads(rows: int = 5, keys: int = 5) -> list[torch.Tensor]:
     return [torch.randn(3, 2, count, 4, requires_grad=True) for count in (rows, keys, keys)]
 
 
-def _attending(gradients: int = 3, **settings: Any) -> Callable[..., torch.Tensor]:
-    """A step: attention, and the gradients of the first of what it is given."""
-
-    def step(*given: torch.Tensor) -> torch.Tensor:
-        with torch.set_grad_enabled(gradients > 0):
-            out = nn.functional.scaled_dot_product_attention(*given, dropout_p=0.25, **settings)
-        parts = torch.autograd.grad(out.square().sum(), given[:gradients]) if gradients else [out]
-        return torch.cat([part.flatten() for part in parts])
-
-    return step
+_attending = functools.partial(attending, dropout_p=0.25)
 
 
 def test_forward_and_backward_are_ours() -> None:

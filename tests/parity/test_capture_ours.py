@@ -102,6 +102,20 @@ def test_what_torch_multiplies_as_fast_stays(monkeypatch: pytest.MonkeyPatch, tm
         assert asked == [(3, 4, 5, 3, 5, 6), (2, 4, 5, 2, 5, 6)]
 
 
+def test_of_what_is_known_no_trial_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another process of the same step fills no examples."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    made: list[str] = []
+
+    def runs() -> tuple[ours.Run, ours.Run]:
+        made.append("examples")
+        return int, int
+
+    for _ in range(2):
+        ours.is_faster("an operation", runs)
+        assert made == ["examples"]
+
+
 @pytest.mark.chooses
 def test_a_trial_leaves_members_out_not_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A thousand large factors take no second gigabyte; the user's stream stays where it is."""
@@ -127,13 +141,14 @@ def _heads(rows: int = 5, width: int = 4) -> list[torch.Tensor]:
     return [made[:, :, k].transpose(1, 2).requires_grad_() for k in range(3)]
 
 
-def _attending(**settings: Any) -> Callable[..., torch.Tensor]:
-    """A step: attention, and the gradients of what it is given."""
+def attending(gradients: int = 3, **settings: Any) -> Callable[..., torch.Tensor]:
+    """A step: attention, and the gradients of the first of what it is given; without any, its result."""
 
     def step(*given: torch.Tensor) -> torch.Tensor:
-        out = nn.functional.scaled_dot_product_attention(*given, **settings)
-        grads = torch.autograd.grad(out.square().sum(), given)
-        return torch.stack([grad.sum() for grad in grads])
+        with torch.set_grad_enabled(gradients > 0):
+            out = nn.functional.scaled_dot_product_attention(*given, **settings)
+        parts = torch.autograd.grad(out.square().sum(), given[:gradients]) if gradients else [out]
+        return torch.cat([part.flatten() for part in parts])
 
     return step
 
@@ -142,16 +157,16 @@ def _attending(**settings: Any) -> Callable[..., torch.Tensor]:
 def test_attention_is_ours_forward_and_backward() -> None:
     both = [str(attention), str(attention_backward)]
     for settings in ({}, {"is_causal": True}, {"scale": 0.3}):
-        assert _chosen(_attending(**settings), *_heads()) == both, settings
-    masked = _chosen(_attending(attn_mask=torch.ones(5, 5).tril().log()), *_heads())
+        assert _chosen(attending(**settings), *_heads()) == both, settings
+    masked = _chosen(attending(attn_mask=torch.ones(5, 5).tril().log()), *_heads())
     assert not set(both) & set(masked), "ours knows no mask"
-    assert not set(both) & set(_chosen(_attending(scale=-1.0), *_heads())), "nor which score is then the highest"
+    assert not set(both) & set(_chosen(attending(scale=-1.0), *_heads())), "nor which score is then the highest"
 
 
 @pytest.mark.usefixtures("_ours")
 def test_of_very_many_keys_attention_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "LONGEST", 4)
-    assert not {str(attention), str(attention_backward)} & set(_chosen(_attending(), *_heads()))
+    assert not {str(attention), str(attention_backward)} & set(_chosen(attending(), *_heads()))
 
 
 def _convolving(*settings: Any) -> Callable[..., torch.Tensor]:

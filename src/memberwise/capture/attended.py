@@ -7,6 +7,7 @@ of five GPTs (128 tokens, four layers of eight heads of 32 numbers) takes 0.94 o
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from memberwise.capture.ours import LONGEST, Operand, is_faster, operands_of
+from memberwise.capture.ours import LONGEST, Operand, Run, is_faster, operands_of
 from memberwise.capture.record import is_write
 from memberwise.kernels.attention import attention_dropout, attention_dropout_backward
 from memberwise.kernels.library import available
@@ -35,13 +36,14 @@ _IN_ORDER = {
     _aten.detach.default,
 }
 """Operations whose result is the same matrices in the same order, if it has as many of the same size."""
+_LAID = {*_IN_ORDER, _TURN}
 
 TRIAL = 1 << 21
 """Scores of a trial, of however many heads the recording has: what each takes is asked, not what a call does."""
 
 
 class Gradients(NamedTuple):
-    """The nodes of the backward: products that make the gradients of q, k and v, and the two that read that of out."""
+    """The products of the backward: those that make the gradients of q, k and v, and that of the result's with v."""
 
     q: fx.Node
     k: fx.Node
@@ -110,29 +112,27 @@ class Search:
     def _scores(self, softmax: fx.Node) -> tuple[fx.Node, bool]:
         """The product that it is of, and whether later keys are hidden."""
         _check(softmax.args[1] in (-1, len(self.operands[softmax].shape) - 1) and not softmax.kwargs)
-        before, turned = self._matrices(softmax.args[0])
+        before = self._upright(softmax.args[0])
         is_causal = before.target is _PLUS and not before.kwargs and _hides_later(before.args[1])
         if is_causal:
-            before, again = self._matrices(before.args[0])
-            turned = turned or again
-        _check(before.target is _BMM and not turned)
+            before = self._upright(before.args[0])
+        _check(before.target is _BMM)
         return before, is_causal
 
     def _gradients(
         self, node: fx.Node, softmax: fx.Node, q: Any, k: Any, v: Any, mask: Any, kept: fx.Node
     ) -> Gradients:
         _check(node.target is _ITS_GRADIENT and self._is(node.args[1], softmax))
-        masked, turned = self._matrices(node.args[0])
-        _check(masked.target is _TIMES and masked.args[1] is mask and not turned)
-        scores, turned = self._matrices(masked.args[0])
-        _check(scores.target is _BMM and not turned and self._is(scores.args[1], v, turned=True))
-        grad = scores.args[0]
+        masked = self._upright(node.args[0])
+        _check(masked.target is _TIMES and masked.args[1] is mask)
+        scores = self._upright(masked.args[0])
+        _check(scores.target is _BMM and self._is(scores.args[1], v, turned=True))
         users = list(self._readers(node))
         _check(len(users) == 2 and all(user.target is _BMM for user in users))
         (of_q,) = _only([one for one in users if self._is(one.args[0], node) and self._is(one.args[1], k, turned=True)])
         (of_k,) = _only([one for one in users if self._is(one.args[1], node) and self._is(one.args[0], q, turned=True)])
         (of_v,) = _only([one for one in self._readers(kept) if self._is(one.args[0], kept, turned=True)])
-        _check(of_v.target is _BMM and self._is(of_v.args[1], grad))
+        _check(of_v.target is _BMM and self._is(of_v.args[1], scores.args[0]))
         return Gradients(of_q, of_k, of_v, scores)
 
     def _matrices(self, node: Any) -> tuple[fx.Node, bool]:
@@ -144,14 +144,21 @@ class Search:
         _check(isinstance(node, fx.Node) and node in self.operands)
         return node, turned
 
+    def _upright(self, node: Any) -> fx.Node:
+        found, turned = self._matrices(node)
+        _check(not turned)
+        return found
+
     def _source(self, node: fx.Node) -> Any:
         """What such an operation is of, or None if it is another."""
-        if node.target not in {*_IN_ORDER, _TURN} or not {node, node.args[0]} <= set(self.operands):
+        if node.target not in _LAID or not {node, node.args[0]} <= self.operands.keys():
             return None
         own, its = self.operands[node].shape, self.operands[node.args[0]].shape
         if node.target is _TURN:
-            return node.args[0] if {dim % len(own) for dim in node.args[1:]} == {len(own) - 2, len(own) - 1} else None
-        return node.args[0] if own[-2:] == its[-2:] and math.prod(own) == math.prod(its) else None
+            alike = {dim % len(own) for dim in node.args[1:]} == {len(own) - 2, len(own) - 1}
+        else:
+            alike = own[-2:] == its[-2:] and math.prod(own) == math.prod(its)
+        return node.args[0] if alike else None
 
     def _is(self, node: Any, other: Any, turned: bool = False) -> bool:
         """Whether both are the same matrices; with `turned`, one of them turned."""
@@ -255,21 +262,23 @@ def _is_faster(one: Attention, operands: dict[fx.Node, Operand]) -> bool:
     """Whether ours is faster than single operations, of as many heads as fill a trial."""
     (rows, width), (_, keys), (_, wide) = (operands[each].shape[1:] for each in (one.q, one.k, one.v))
     heads = max(1, TRIAL // max(rows * keys, rows * width, keys * width, keys * wide))
-    sizes = [(rows, width), (width, keys), (keys, wide), (rows, keys), (rows, wide)]
-    *trial, grad = (torch.ones(heads, *size) for size in sizes)
-    grad = grad if one.gradients else None
-    key = "attention with dropout", sizes, one.is_causal, grad is not None
+    sizes = [(rows, width), (width, keys), (keys, wide), (rows, keys), *([(rows, wide)] if one.gradients else [])]
 
-    def ours() -> None:
-        q, k, v, drawn = (each.unsqueeze(0) for each in trial)
-        _, sums = attention_dropout(q, k, v, drawn, 1.0, one.is_causal)
-        if grad is not None:
-            attention_dropout_backward(grad.unsqueeze(0), q, k, v, drawn, sums, 1.0, one.is_causal)
+    def runs() -> tuple[Run, Run]:
+        trial = [torch.ones(heads, *size) for size in sizes]
+        return functools.partial(_apart, one.is_causal, *trial), functools.partial(_together, one.is_causal, *trial)
 
-    return is_faster(key, lambda: _apart(*trial, one.is_causal, grad), ours)
+    return is_faster(("attention with dropout", sizes, one.is_causal), runs)
 
 
-def _apart(q: Any, k: Any, v: Any, mask: Any, is_causal: bool, grad: Any) -> None:
+def _together(is_causal: bool, *trial: Any) -> None:
+    q, k, v, drawn, *grads = (each.unsqueeze(0) for each in trial)
+    _, sums = attention_dropout(q, k, v, drawn, 1.0, is_causal)
+    for grad in grads:
+        attention_dropout_backward(grad, q, k, v, drawn, sums, 1.0, is_causal)
+
+
+def _apart(is_causal: bool, q: Any, k: Any, v: Any, mask: Any, *grads: Any) -> None:
     """The single operations, each by the faster kernel."""
     scores = product(q, k)
     if is_causal:
@@ -277,7 +286,7 @@ def _apart(q: Any, k: Any, v: Any, mask: Any, is_causal: bool, grad: Any) -> Non
     weights = _SOFTMAX(scores, -1)
     kept = weights * mask
     product(kept, v)
-    if grad is not None:
+    for grad in grads:
         product(kept.mT, grad)
         of_scores = _ITS_GRADIENT(product(grad, v.mT) * mask, weights, -1, torch.float32)
         product(of_scores, k.mT), product(q.mT, of_scores)

@@ -32,6 +32,9 @@ LONGEST = 2048
 """Keys whose scores, of a block of rows, stay in the cache."""
 
 
+Run = Callable[[], object]
+
+
 def _multiplied(a: Any, b: Any) -> tuple[Any, ...] | None:
     """A product with a side of one is none to Inductor, which fuses it with what is around."""
     return (a, b) if min(*a.shape[-2:], *b.shape[-2:]) > 1 else None
@@ -181,24 +184,27 @@ def _served(node: fx.Node, operands: dict[fx.Node, Operand]) -> tuple[Any, ...] 
 
 def _is_faster(node: fx.Node, given: tuple[Any, ...], operands: dict[fx.Node, Operand]) -> bool:
     args, kwargs = fx.map_arg((node.args, node.kwargs), operands.__getitem__)
-    most = MOST
-    if OURS[node.target].by_member:
-        most = max(1, min(MOST // max(1, math.prod(one.shape[1:])) for one in given if _is_tensor(one)))
 
-    def example(one: Any) -> Any:
-        return one.example(most) if _is_tensor(one) else one
+    def runs() -> tuple[Run, Run]:
+        most = MOST
+        if OURS[node.target].by_member:
+            most = max(1, min(MOST // max(1, math.prod(one.shape[1:])) for one in given if _is_tensor(one)))
 
-    theirs = functools.partial(node.target, *map(example, args), **kwargs)
-    ours = functools.partial(OURS[node.target].run, *map(example, given))
-    return is_faster((str(node.target), args, kwargs), theirs, ours)
+        def example(one: Any) -> Any:
+            return one.example(most) if _is_tensor(one) else one
+
+        theirs = functools.partial(node.target, *map(example, args), **kwargs)
+        return theirs, functools.partial(OURS[node.target].run, *map(example, given))
+
+    return is_faster((str(node.target), args, kwargs), runs)
 
 
-def is_faster(key: Any, theirs: Callable[[], object], ours: Callable[[], object]) -> bool:
-    """Whether ours is, timed once a machine for each `key`."""
+def is_faster(key: Any, runs: Callable[[], tuple[Run, Run]]) -> bool:
+    """Whether ours is: `runs` makes theirs and ours, to be timed once a machine for each `key`."""
     path = kept_at((key, torch.get_num_threads())).with_suffix(".json")
     faster = get(path, lambda known: bool(known["faster"]))
     if faster is None:
-        seconds = _seconds(theirs, ours)
+        seconds = _seconds(*runs())
         faster = seconds[1] < GAIN * seconds[0]
         put(path, {"faster": faster, "seconds": seconds})
     return faster
@@ -208,7 +214,7 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Operand)
 
 
-def _seconds(*runs: Callable[[], object]) -> list[float]:
+def _seconds(*runs: Run) -> list[float]:
     """The least time of each, taken in turns."""
     best = [float("inf")] * len(runs)
     with torch.no_grad():

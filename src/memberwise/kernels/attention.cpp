@@ -221,14 +221,22 @@ void attend_backward(Heads grad, Heads q, Heads k, Heads v, Heads sums, Heads dq
     }
 }
 
-// keys that lie turned, (batch, heads, width, keys), as (batch, heads, keys, width)
-struct Turned {
+// a tensor's memory in other sizes and strides
+struct Relaid {
     const int64_t size[4], stride[4];
     float* const data;
-    explicit Turned(Heads k) : size{k.size[0], k.size[1], k.size[3], k.size[2]},
-                               stride{k.stride[0], k.stride[1], k.stride[3], k.stride[2]}, data(k.data) {}
     operator Heads() const { return {data, size, stride}; }
 };
+
+// keys that lie turned, (batch, heads, width, keys), as (batch, heads, keys, width)
+Relaid turned(Heads k) {
+    return {{k.size[0], k.size[1], k.size[3], k.size[2]}, {k.stride[0], k.stride[1], k.stride[3], k.stride[2]}, k.data};
+}
+
+// a number for each row, (batch, heads, rows), as a column
+Relaid column(Heads x) {
+    return {{x.size[0], x.size[1], x.size[2], 1}, {x.stride[0], x.stride[1], x.stride[2], 1}, x.data};
+}
 
 }  // namespace
 
@@ -242,11 +250,11 @@ extern "C" void memberwise_attention_backward(Heads* t, bool causal, double scal
 }
 
 extern "C" void memberwise_attention_dropout(Heads* t, bool causal, double factor) {
-    attend(t[0], Turned(t[1]), t[2], t[4], t[5], causal, 1, {&t[3], float(factor)});
+    attend(t[0], turned(t[1]), t[2], t[4], t[5], causal, 1, {&t[3], float(factor)});
 }
 
 extern "C" void memberwise_attention_dropout_backward(Heads* t, bool causal, double factor) {
-    attend_backward(t[0], t[1], Turned(t[2]), t[3], t[5], t[6], Turned(t[7]), t[8], causal, 1,
+    attend_backward(t[0], t[1], turned(t[2]), t[3], t[5], t[6], turned(t[7]), t[8], causal, 1,
                     {&t[4], float(factor)});
 }
 
@@ -286,9 +294,8 @@ extern "C" AOTITorchError aoti_torch_cpu_attention(AtenTensorHandle q, AtenTenso
     CHECKED(made(sizes, by_rows, 3, sums));
     CHECKED(heads_of(*out, t[3]));
     CHECKED(heads_of(*sums, t[4]));
-    const int64_t size[4] = {sizes[0], sizes[1], sizes[2], 1};
-    const int64_t stride[4] = {t[4].stride[0], t[4].stride[1], t[4].stride[2], 1};
-    t[4] = {t[4].data, size, stride};
+    const Relaid by_row = column(t[4]);
+    t[4] = by_row;
     memberwise_attention(t, causal, scale);
     return AOTI_TORCH_SUCCESS;
 }
@@ -304,9 +311,8 @@ extern "C" AOTITorchError aoti_torch_cpu_attention_backward(
         CHECKED(made(t[i + 1].size, t[i + 1].stride, 4, results[i]));
         CHECKED(heads_of(*results[i], t[i + 5]));
     }
-    const int64_t size[4] = {t[4].size[0], t[4].size[1], t[4].size[2], 1};
-    const int64_t stride[4] = {t[4].stride[0], t[4].stride[1], t[4].stride[2], 1};
-    t[4] = {t[4].data, size, stride};
+    const Relaid by_row = column(t[4]);
+    t[4] = by_row;
     memberwise_attention_backward(t, causal, scale);
     return AOTI_TORCH_SUCCESS;
 }
