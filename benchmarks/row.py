@@ -134,6 +134,7 @@ def measure(request: Request) -> dict[str, object]:
         clock(request, case, running, batches)
         started += running
         gc.unfreeze()
+        torch.compiler.reset()  # what the group has compiled holds its models, in cycles that may not be frozen
         _collected()
     gc.unfreeze()
     floor = costs.floor(case, request.members, batches[0], request.device) if request.costs else None
