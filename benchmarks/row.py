@@ -131,21 +131,22 @@ def measure(request: Request) -> dict[str, object]:
     gc.freeze()  # what is there already is no rival's; to look through it each time takes seconds
     for number, group in enumerate(groups(request, case)):
         running = start_all(request, [Started(rival, group=number) for rival in group], checks, begin)
-        _collected()  # nor is what all of them have compiled, while one runs
+        _let_go()
+        gc.freeze()  # nor is what all of them have compiled, while one runs
         clock(request, case, running, batches)
         started += running
         gc.unfreeze()
         torch.compiler.reset()  # what the group has compiled holds its models, in cycles that may not be frozen
-        _collected()
+        _let_go()
+        gc.freeze()
     gc.unfreeze()
     floor = costs.floor(case, request.members, batches[0], request.device) if request.costs else None
     return document(request, case, started, floor)
 
 
-def _collected() -> None:
-    """From here on nobody looks through what is there now, and memory that was let go is the system's again."""
+def _let_go() -> None:
+    """What nobody holds any more is the system's again: a stack of a thousand has gigabytes, and waits in a cycle."""
     gc.collect()
-    gc.freeze()
     with contextlib.suppress(AttributeError, TypeError):  # other systems than glibc's
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -224,6 +225,7 @@ def start(each: Started, request: Request, check: Check) -> list[str]:
         each.status, each.why = "left out", f"not installed: {', '.join(missing)}"
         return []
     each.running = None
+    _let_go()
     memory = costs.Memory(request.device) if request.costs and check.last else None
     begin = time.perf_counter()
     try:

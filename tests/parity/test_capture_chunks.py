@@ -400,7 +400,11 @@ def test_a_plan_that_cannot_be_kept_is_not(tmp_path: Path, monkeypatch: pytest.M
     ],
 )
 def test_what_counts_as_rounding(ours: list[float], other: list[float], agree: bool) -> None:
-    assert chunker._agree(torch.tensor(ours), torch.tensor([1.0, 2.0]), torch.tensor(other)) == agree
+    assert _agree(torch.tensor(ours), torch.tensor([1.0, 2.0]), torch.tensor(other)) == agree
+
+
+def _agree(ours: torch.Tensor, theirs: torch.Tensor, other: torch.Tensor) -> bool:
+    return chunker._agree(ours, theirs, chunker._noise(theirs, other))
 
 
 def test_each_member_has_a_scale_of_its_own() -> None:
@@ -408,10 +412,20 @@ def test_each_member_has_a_scale_of_its_own() -> None:
     theirs = torch.tensor([[1e6, 2e6], [1e-6, 2e-6]])
     ours = theirs.clone()
     ours[1] *= 2
-    assert not chunker._agree(ours, theirs, theirs)
-    assert chunker._agree(theirs * (1 + 1e-6), theirs, theirs)
-    assert chunker._agree(torch.tensor([1, 2]), torch.tensor([1, 2]), torch.tensor([1, 2]))
-    assert not chunker._agree(torch.tensor([1, 2]), torch.tensor([1, 3]), torch.tensor([1, 2]))
+    assert not _agree(ours, theirs, theirs)
+    assert _agree(theirs * (1 + 1e-6), theirs, theirs)
+    assert _agree(torch.tensor([1, 2]), torch.tensor([1, 2]), torch.tensor([1, 2]))
+    assert not _agree(torch.tensor([1, 2]), torch.tensor([1, 3]), torch.tensor([1, 2]))
+
+
+def test_of_a_nudge_no_copy_of_the_state_is_kept() -> None:
+    """A state may be gigabytes: what is kept beside one copy of it is a number a row."""
+    state = [torch.randn(4, 1000), torch.arange(4)]
+    found = chunker.Expected.of(lambda w, k: [w * 2], lambda: [one.clone() for one in state])
+    assert [value.shape for value in found.values] == [(4, 1000), (4, 1000), (4,)]
+    noise = [None if each is None else each.shape for each in found.noise]
+    assert noise == [(4,), (4,), None]
+    assert all(0 < each.amax() < 1e-5 for each in found.noise[:2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -64,18 +64,19 @@ class Part(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What the program for all returns and writes; and what it does after a nudge of its inputs."""
+    """What the program for all returns and writes; and by how much at most a nudge of its inputs changes each row."""
 
     copies: Callable[[], list[torch.Tensor]]
     values: list[torch.Tensor]
-    nudged: list[torch.Tensor]
+    noise: list[torch.Tensor | None]
 
     @classmethod
     def of(cls, whole: Run, copies: Callable[[], list[torch.Tensor]]) -> Expected:
-        """Run on such copies."""
+        """Run on such copies; those of the nudge are not kept, for they may be gigabytes."""
         values, nudged = copies(), [_nudged(value) for value in copies()]
         with torch.no_grad():
-            return cls(copies, [*whole(*values), *values], [*whole(*nudged), *nudged])
+            values, nudged = [*whole(*values), *values], [*whole(*nudged), *nudged]
+        return cls(copies, values, [*map(_noise, values, nudged)])
 
 
 class Prepared(NamedTuple):
@@ -246,8 +247,8 @@ class Chunker:
         values = expected.copies()
         with torch.no_grad():
             found = [*chunks(*values), *values]
-        every = zip(found, expected.values, expected.nudged, strict=True)
-        return all(_agree(ours, theirs, other) for ours, theirs, other in every)
+        every = zip(found, expected.values, expected.noise, strict=True)
+        return all(_agree(ours, theirs, noise) for ours, theirs, noise in every)
 
     @functools.cached_property
     def _expected(self) -> Expected:
@@ -263,22 +264,25 @@ def _nudged(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.is_floating_point():
         return tensor
     generator = torch.Generator(tensor.device).manual_seed(0)
-    up = torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device).to(tensor.dtype)
-    return copied(tensor).mul_(1 + (2 * up - 1) * torch.finfo(tensor.dtype).eps)
+    up = torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device, dtype=tensor.dtype)
+    return copied(tensor).mul_(up.mul_(2).sub_(1).mul_(torch.finfo(tensor.dtype).eps).add_(1))
 
 
-def _agree(ours: torch.Tensor, theirs: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether `ours` differs from `theirs` by rounding; `other` is `theirs` after a nudge of the inputs."""
-    if not (theirs.is_floating_point() or theirs.is_complex()):
+def _noise(theirs: torch.Tensor, other: torch.Tensor) -> torch.Tensor | None:
+    """How far `other` is from `theirs`, at most, in each row; None of what is not compared so."""
+    rounds = theirs.is_floating_point() or theirs.is_complex()
+    return _largest(other - theirs) if rounds and theirs.numel() else None
+
+
+def _agree(ours: torch.Tensor, theirs: torch.Tensor, noise: torch.Tensor | None) -> bool:
+    """Whether `ours` differs from `theirs` by rounding; `noise` is by how much `theirs` does after a nudge."""
+    if noise is None:
         return torch.equal(ours, theirs)
-    if not theirs.numel():
-        return True
     if not torch.equal(ours.isfinite(), theirs.isfinite()):
         return False
-    difference, noise, scale = map(_largest, (ours - theirs, other - theirs, theirs))
     times = NOISE_IN_DOUBLE if theirs.dtype is torch.float64 else NOISE
-    allowed = torch.maximum(tolerance(theirs.dtype)[0] * scale, times * noise)
-    return bool((difference <= allowed).all())
+    allowed = torch.maximum(tolerance(theirs.dtype)[0] * _largest(theirs), times * noise)
+    return bool((_largest(ours - theirs) <= allowed).all())
 
 
 def _largest(tensor: torch.Tensor) -> torch.Tensor:
