@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable
@@ -105,8 +106,15 @@ def held() -> int:
     """Bytes of all CPU tensors that Python knows of, and of their gradients; what several look at counts once."""
     kinds = (Tensor, nn.Parameter)
     tensors = [each for each in gc.get_objects() if type(each) in kinds and each.device.type == "cpu"]
-    leaves = [each.grad for each in tensors if each.is_leaf and each.grad is not None]
+    leaves = [grad for grad in map(_grad, tensors) if grad is not None]
     return sum(dict(filter(None, map(_storage, (*tensors, *leaves)))).values())
+
+
+def _grad(tensor: Tensor) -> Tensor | None:
+    """A leaf's gradient. A view that autograd no longer lets anybody use cannot even be asked whether it is one."""
+    with contextlib.suppress(RuntimeError):
+        return tensor.grad if tensor.is_leaf else None
+    return None
 
 
 def _storage(tensor: Tensor) -> tuple[int, int] | None:

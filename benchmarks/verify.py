@@ -14,7 +14,7 @@ in every element. Therefore two comparisons, both with the project's one table o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -83,10 +83,10 @@ def _predict(case: Case, model: nn.Module, batches: list[Batch]) -> tuple[list[T
     return outputs, {name: value.detach() for name, value in watched(model).items()}
 
 
-def of_running(running: Running, batches: list[Batch]) -> Trajectory:
+def of_running(running: Running, batches: Iterable[Batch]) -> Trajectory:
     """The same of a started rival; what it returns is copied, for it may be written to again."""
     if running.together > 1:
-        losses = running.step(side_by_side(batches)).detach().clone()
+        losses = running.step(side_by_side([*batches])).detach().clone()
     else:
         losses = torch.stack([running.step(batch).detach().clone() for batch in batches])
     return Trajectory(losses, {name: value.detach().clone() for name, value in running.state().items()})
