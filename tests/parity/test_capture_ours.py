@@ -76,9 +76,9 @@ def test_where_it_does_not_serve_torch_multiplies() -> None:
     def of(dtype: torch.dtype, m: int, k: int, n: int) -> list[str]:
         return _chosen(torch.bmm, torch.ones(3, m, k, dtype=dtype), torch.ones(3, k, n, dtype=dtype))
 
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
         assert of(dtype, 4, 5, 6) == ["memberwise.product.default"]
-    for other in [(torch.bfloat16, 4, 5, 6), (torch.float32, 1, 5, 6)]:
+    for other in [(torch.float16, 4, 5, 6), (torch.float32, 1, 5, 6)]:
         assert of(*other) == ["aten.bmm.default"], other
     for side in [(4, 1, 6), (4, 5, 1)]:
         assert of(torch.float32, *side) == ["aten.bmm.default"], "the compiler makes it a part of what is around"

@@ -22,7 +22,7 @@ from memberwise.testing.tolerance import assert_equal
 pytestmark = pytest.mark.skipif(not available("product"), reason="no C++ compiler, or a processor without AVX2")
 
 SIZES = st.one_of(st.integers(0, 40), st.sampled_from([63, 64, 193, 257, 300]))
-DTYPES = st.sampled_from([torch.float32, torch.float64])
+DTYPES = st.sampled_from([torch.bfloat16, torch.float32, torch.float64])
 ORDERS = st.sampled_from(["rows", "columns", "apart", "shared"])
 
 
@@ -41,6 +41,8 @@ def _matrix(members: int, rows: int, columns: int, order: str, seed: int) -> tor
 @example(1, 193, 47, 257, "rows", "columns", torch.float32, 0)
 @example(3, 14, 32, 300, "columns", "columns", torch.float64, 0)
 @example(2, 5, 16, 0, "rows", "rows", torch.float32, 0)
+@example(2, 15, 33, 65, "rows", "columns", torch.bfloat16, 0)
+@example(2, 40, 64, 64, "columns", "rows", torch.bfloat16, 0)
 def test_products(members: int, m: int, n: int, k: int, left: str, right: str, dtype: torch.dtype, seed: int) -> None:
     a, b = (_matrix(members, *of, seed).to(dtype) for of in ((m, k, left), (k, n, right)))
     found, expected = product(a, b), torch.bmm(a.double(), b.double()).to(dtype)
@@ -49,12 +51,14 @@ def test_products(members: int, m: int, n: int, k: int, left: str, right: str, d
     assert torch.equal(product(a[0], b[0]), found[0])
 
 
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 300), st.integers(0, 99))
-def test_a_value_that_is_not_finite_stays_in_its_row_and_column(m: int, n: int, k: int, seed: int) -> None:
-    a, b = torch.ones(2, m, k), torch.ones(2, k, n)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 300), DTYPES, st.integers(0, 99))
+def test_a_value_that_is_not_finite_stays_in_its_row_and_column(
+    m: int, n: int, k: int, dtype: torch.dtype, seed: int
+) -> None:
+    a, b = torch.ones(2, m, k, dtype=dtype), torch.ones(2, k, n, dtype=dtype)
     row, column, one = seed % m, seed % n, seed % k
     a[0, row, one], b[1, one, column] = torch.nan, torch.inf
-    expected = torch.full((2, m, n), float(k))
+    expected = torch.full((2, m, n), float(k), dtype=dtype)
     expected[0, row], expected[1, :, column] = torch.nan, torch.inf
     assert_equal(product(a, b), expected)
 

@@ -99,8 +99,8 @@ class Ours(NamedTuple):
 
 _aten = torch.ops.aten
 OURS = {
-    _aten.bmm.default: Ours("product", product, _multiplied, (torch.float32, torch.float64)),
-    _aten.mm.default: Ours("product", product, _multiplied, (torch.float32, torch.float64)),
+    _aten.bmm.default: Ours("product", product, _multiplied, (torch.bfloat16, torch.float32, torch.float64)),
+    _aten.mm.default: Ours("product", product, _multiplied, (torch.bfloat16, torch.float32, torch.float64)),
     _aten._scaled_dot_product_flash_attention_for_cpu.default: Ours("attention", attention, _attended),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: Ours(
         "attention", attention_backward, _attended_backward

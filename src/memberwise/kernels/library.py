@@ -13,7 +13,7 @@ import torch
 from memberwise._torch.inductor import Shim, built, put_shim
 
 _HERE = Path(__file__).parent
-_BEFORE = {"convolution": ("multiply.h", "schemes.h", "tiles.h")}
+_BEFORE = {"convolution": ("multiply.h", "schemes.h", "tiles.h"), "product": ("multiply.h", "pairs.h")}
 """What stands before a `.cpp`, where that is more than products."""
 _OPERATIONS = torch.library.Library("memberwise", "FRAGMENT")
 _IN_C = {"Tensor": "AtenTensorHandle", "int": "int64_t", "bool": "int32_t", "float": "double"}

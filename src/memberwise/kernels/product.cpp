@@ -15,21 +15,23 @@ void products(T* c, const T* a, const T* b, int64_t members, int64_t m, int64_t 
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t member = task / parts, part = task % parts;
         const int64_t begin = m * part / parts, end = m * (part + 1) / parts;
-        multiply<T>({a + member * left[0] + begin * left[1], left[1], left[2]},
-                    {b + member * right[0], right[1], right[2]}, c + (member * m + begin) * n, n, end - begin, n, k);
+        const Strided<T> own{a + member * left[0] + begin * left[1], left[1], left[2]};
+        const Strided<T> other{b + member * right[0], right[1], right[2]};
+        multiply(own, other, c + (member * m + begin) * n, n, end - begin, n, k);
     }
 }
 
 }  // namespace
 
-// `bytes` of a number: 4 or 8
+// `bytes` of a number: 2 (bfloat16), 4 or 8
 extern "C" void memberwise_products(void* c, const void* a, const void* b, int bytes, int64_t members, int64_t m,
                                     int64_t n, int64_t k, const int64_t* left, const int64_t* right) {
     const auto of = [&](auto* out) {
         using T = std::remove_pointer_t<decltype(out)>;
         products<T>(out, static_cast<const T*>(a), static_cast<const T*>(b), members, m, n, k, left, right);
     };
-    if (bytes == 4) of(static_cast<float*>(c));
+    if (bytes == 2) of(static_cast<Half*>(c));
+    else if (bytes == 4) of(static_cast<float*>(c));
     else of(static_cast<double*>(c));
 }
 
@@ -54,6 +56,7 @@ extern "C" AOTITorchError aoti_torch_cpu_product(AtenTensorHandle a, AtenTensorH
     CHECKED(aoti_torch_get_data_ptr(*product, &z));
     const int64_t first[3] = {many ? left[0] : 0, left[dim - 2], left[dim - 1]};
     const int64_t second[3] = {many ? right[0] : 0, right[dim - 2], right[dim - 1]};
-    memberwise_products(z, x, y, dtype == aoti_torch_dtype_float32() ? 4 : 8, members, m, n, k, first, second);
+    const int bytes = dtype == aoti_torch_dtype_bfloat16() ? 2 : dtype == aoti_torch_dtype_float32() ? 4 : 8;
+    memberwise_products(z, x, y, bytes, members, m, n, k, first, second);
     return AOTI_TORCH_SUCCESS;
 }

@@ -38,5 +38,5 @@ def _empty(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 product = operation("product(Tensor a, Tensor b) -> Tensor", "product", _run, _empty, torch.Tag.flexible_layout)
-"""`a @ b` of `(M, m, k)` and `(M, k, n)`, or of `(m, k)` and `(k, n)`: float32 or float64, on the CPU, of any strides;
-dense."""
+"""`a @ b` of `(M, m, k)` and `(M, k, n)`, or of `(m, k)` and `(k, n)`, on the CPU, of any strides; dense. Of bfloat16
+(summed in float32), float32 or float64."""
