@@ -62,9 +62,9 @@ inline void pack(Strided<Half> b, int64_t deep, int64_t width, uint32_t* to, int
     }
 }
 
-// a tile of TALL rows or fewer; the left factor's pairs are `pair` numbers apart, its rows `row`
+// a tile of TALL rows or fewer; the left factor's rows are `row` numbers apart, its pairs `step`
 template <int HEIGHT, int VECTORS>
-inline void tile(const Half* a, int64_t row, int64_t pair, const uint32_t* b, int64_t deep, Half* c, int64_t to,
+inline void tile(const Half* a, int64_t row, int64_t step, const uint32_t* b, int64_t deep, Half* c, int64_t to,
                  int64_t width) {
     V32 sum[HEIGHT][VECTORS];
     for (auto& sums : sum)
@@ -75,7 +75,7 @@ inline void tile(const Half* a, int64_t row, int64_t pair, const uint32_t* b, in
 #pragma GCC unroll 14
         for (int i = 0; i < HEIGHT; i++) {
             int32_t two;
-            std::memcpy(&two, a + i * row + l * pair, sizeof two);
+            std::memcpy(&two, a + i * row + l * step, sizeof two);
             const auto left = (__m512bh)_mm512_set1_epi32(two);
             for (int v = 0; v < VECTORS; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], left, right[v]);
         }
@@ -98,13 +98,13 @@ HalfTile half_tile_of(int height) {
 inline void multiply(Strided<Half> a, Strided<Half> b, Half* c, int64_t to, int64_t rows, int64_t n, int64_t k) {
     thread_local Panel lefts, rights;
     const int64_t deep = (k + 1) / 2, blocks = (rows + TALL - 1) / TALL;
-    int64_t pair = 2;
+    int64_t step = 2;
     if (a.column != 1 || k % 2) {
         const int64_t wide = (rows + COLUMNS - 1) / COLUMNS * COLUMNS;
         uint32_t* left = lefts.of(deep * wide);
         pack(a.turned(), k, rows, left, wide);
         a = {reinterpret_cast<const Half*>(left), 2, 1};
-        pair = 2 * wide;
+        step = 2 * wide;
     }
     uint32_t* right = rights.of(deep * COLUMNS);
     for (int64_t j = 0; j < n; j += COLUMNS) {
@@ -113,7 +113,7 @@ inline void multiply(Strided<Half> a, Strided<Half> b, Half* c, int64_t to, int6
         for (int64_t block = 0, i = 0; block < blocks; block++) {
             const int height = (rows - i) / (blocks - block);
             const HalfTile run = width > PAIRS ? half_tile_of<2>(height) : half_tile_of<1>(height);
-            run(a.data + i * a.row, a.row, pair, right, deep, c + i * to + j, to, width);
+            run(a.data + i * a.row, a.row, step, right, deep, c + i * to + j, to, width);
             i += height;
         }
     }

@@ -56,7 +56,6 @@ extern "C" AOTITorchError aoti_torch_cpu_product(AtenTensorHandle a, AtenTensorH
     CHECKED(aoti_torch_get_data_ptr(*product, &z));
     const int64_t first[3] = {many ? left[0] : 0, left[dim - 2], left[dim - 1]};
     const int64_t second[3] = {many ? right[0] : 0, right[dim - 2], right[dim - 1]};
-    const int bytes = dtype == aoti_torch_dtype_bfloat16() ? 2 : dtype == aoti_torch_dtype_float32() ? 4 : 8;
-    memberwise_products(z, x, y, bytes, members, m, n, k, first, second);
+    memberwise_products(z, x, y, aoti_torch_dtype_element_size(dtype), members, m, n, k, first, second);
     return AOTI_TORCH_SUCCESS;
 }
