@@ -67,7 +67,7 @@ def test_a_recorded_lstm_runs_by_calls(members: int, size: int, monkeypatch: pyt
 def test_the_plan_takes_the_faster_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
-    def seconds(self: object, *runs: object) -> list[float]:
+    def seconds(self: object, *runs: object, **rounds: int) -> list[float]:
         return [0.5 if "lstm_layer" in str(getattr(run, "run", "") and run.run.__self__.graph) else 1.0 for run in runs]
 
     monkeypatch.setattr(plan.Planner, "_seconds", seconds)

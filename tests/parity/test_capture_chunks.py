@@ -241,7 +241,7 @@ class Clock:
         self.seconds = seconds
         self.asked = 0
 
-    def __call__(self, *runs: Any) -> list[float]:
+    def __call__(self, *runs: Any, **rounds: int) -> list[float]:
         self.asked += 1
         owners = [getattr(run, "__self__", run) for run in runs]  # of a bound method, run uncompiled
         return [self.seconds[self._name(one)] for one in owners]
@@ -340,7 +340,7 @@ def test_auto_does_not_try_what_cannot_pay(folder: Path, monkeypatch: pytest.Mon
 def test_a_recording_may_run_uncompiled(
     part: float, plain: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def seconds(self: Any, *runs: Any) -> list[float]:
+    def seconds(self: Any, *runs: Any, **rounds: int) -> list[float]:
         whole = [not isinstance(getattr(run, "__self__", run), chunks.Chunks) for run in runs]
         return [1.0, part] if whole == [True, True] else [1.0 if one else 2.0 for one in whole]
 
@@ -479,11 +479,11 @@ def test_a_graph_that_the_user_keeps_does_not_hinder_chunks(dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_differs_in_float32_is_compared_in_float64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a kink a last bit is a percent of a gradient. What still differs in float64 is refused, as before."""
-    is_same, asked = chunker.Chunker._is_same, []
+    is_met, asked = chunker.Expected.is_met, []
 
-    def coarse(self: Any, expected: Any, runs: Any) -> bool:
-        asked.append({value.dtype for value in expected.copies() if value.is_floating_point()})
-        return len(asked) > 1 and is_same(self, expected, runs)
+    def coarse(self: Any, runs: Any, values: list[torch.Tensor]) -> bool:
+        asked.append({value.dtype for value in values if value.is_floating_point()})
+        return len(asked) > 1 and is_met(self, runs, values)
 
     def make(kind: str) -> SimpleNamespace:
         net = build(lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), seeds=range(4), dtype=dtype)
@@ -499,7 +499,7 @@ def test_what_differs_in_float32_is_compared_in_float64(dtype: torch.dtype, monk
 
         return SimpleNamespace(step=step)
 
-    monkeypatch.setattr(chunker.Chunker, "_is_same", coarse)
+    monkeypatch.setattr(chunker.Expected, "is_met", coarse)
     for kind, plans in (("apart", ["2 at a time, as told"]), ("dependent", ["all at once: its results differ"])):
         asked.clear()
         captured = compile(make(kind).step, chunk=2, backend="fx")

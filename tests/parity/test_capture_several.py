@@ -11,7 +11,9 @@ from torch import nn
 
 import memberwise
 from memberwise import optim
-from memberwise.capture import compile, plan
+from memberwise.capture import compile, plan, step
+from memberwise.capture.chunks import Chunks
+from memberwise.capture.clock import Clock
 from memberwise.construction import build, stack
 from memberwise.errors import ArgumentError
 from memberwise.trees import each
@@ -191,13 +193,54 @@ def test_a_number_of_steps_is_asked_for(steps: Any) -> None:
         compile(lambda x: x, steps_per_call=steps)
 
 
+@pytest.mark.parametrize("chunk", [10**6, 1, 3])
+@pytest.mark.chooses
+def test_gradients_of_earlier_steps_are_not_kept(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = training("mlp", "sgd", members=4)
+    captured = compile(world.step, chunk=chunk, backend="fx", steps_per_call=3).captured
+    x = INPUTS["mlp"][1]()
+    for _ in range(3):
+        captured((x,), {})
+    program, made = captured.programs[0], []
+    assert program.fleeting == {output for _, output in program.grads_out} != set()
+    real = step.several
+    monkeypatch.setattr(step, "several", lambda *args: made.append(real(*args)) or made[-1])
+    captured.several([((x,), {})] * 3)
+    (steps,) = made
+    for output in program.fleeting:
+        first, second, last = (found[output] for found in steps)
+        assert (first is second is last) if isinstance(program.run, Chunks) else (first is second is None)
+        assert last is not None
+    returned = [{output for output in range(len(found))} - program.fleeting for found in steps]
+    assert all(steps[0][output] is not steps[2][output] for output in returned[0])
+
+
+def test_a_gradient_that_is_returned_is_kept_of_each_step() -> None:
+    model = stack([nn.Linear(3, 1) for _ in range(4)])
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        model.zero_grad()
+        model(x).square().sum().backward()
+        return model.weight.grad
+
+    ours, x = compile(step, chunk=2, backend="fx", steps_per_call=3), torch.randn(3, 4, 5, 3)
+    for _ in range(4):
+        found = ours(x)
+    assert_same(found, torch.stack([step(one).clone() for one in x]), "gradients", exact=False)
+    assert ours.captured.programs[0].fleeting != set()  # the bias's
+
+
 def test_candidates_are_timed_on_as_many_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     captured = compile(training("mlp", "sgd", members=4).step, backend="fx", steps_per_call=5).captured
     as_if_compiled(captured, monkeypatch)
     counts: list[int] = []
-    several = plan.several
-    monkeypatch.setattr(plan, "several", lambda run, steps: counts.append(len(steps)) or several(run, steps))
+
+    def clock(run: Any, steps: Any, *rest: Any) -> Clock:
+        counts.append(len(steps))
+        return Clock(run, steps, *rest)
+
+    monkeypatch.setattr(plan, "Clock", clock)
     monkeypatch.setattr(plan, "TRIAL", 0.0)
     for k in range(3):
         captured((INPUTS["mlp"][1]() + k,), {})

@@ -23,7 +23,7 @@ from memberwise.capture.chunks import Chunks, Result, Run, Source
 from memberwise.capture.excerpt import Excerpt, Stacked, guesses
 from memberwise.capture.into import writing_into
 from memberwise.capture.layout import laid_out
-from memberwise.capture.program import Program, copied
+from memberwise.capture.program import Program, copied, once
 from memberwise.capture.views import with_fewer_views
 from memberwise.capture.widened import wide, wide_type, widened
 from memberwise.engine.choices import taking
@@ -33,6 +33,13 @@ NOISE, NOISE_IN_DOUBLE = 10, 1000
 """How many times as much as after a nudge of all inputs in their last bit the results of chunks may differ: more in
 float64, where what members do to each other is larger than that by far. (Gradients that cancel out are nothing but
 rounding, and another kernel rounds in other places.)"""
+
+
+DRAWN = 65_521
+"""How many random numbers a nudge draws at most, and repeats: a prime, so that no two rows of a tensor get the same."""
+
+PART = 1 << 20
+"""Numbers that are compared at a time: new memory for the differences of a gigabyte would take longer than they do."""
 
 
 class Unfit(Exception):
@@ -66,7 +73,6 @@ class Part(NamedTuple):
 class Expected(NamedTuple):
     """What the program for all returns and writes; and by how much at most a nudge of its inputs changes each row."""
 
-    copies: Callable[[], list[torch.Tensor]]
     values: list[torch.Tensor]
     noise: list[torch.Tensor | None]
 
@@ -76,7 +82,16 @@ class Expected(NamedTuple):
         values, nudged = copies(), [_nudged(value) for value in copies()]
         with torch.no_grad():
             values, nudged = [*whole(*values), *values], [*whole(*nudged), *nudged]
-        return cls(copies, values, [*map(_noise, values, nudged)])
+        return cls(values, [*map(_noise, values, nudged)])
+
+    def is_met(self, chunks: Run, values: list[torch.Tensor]) -> bool:
+        """Whether they differ by no more than the table allows, or than a nudge of all inputs in their last bit does.
+
+        (Where a gradient is nothing but rounding, of a bias before BatchNorm, Adam makes whole steps of it.)
+        """
+        with torch.no_grad():
+            found = [*chunks(*values), *values]
+        return all(map(_agree, found, self.values, self.noise))
 
 
 class Prepared(NamedTuple):
@@ -230,25 +245,24 @@ class Chunker:
     def _copies(self) -> list[torch.Tensor]:
         return self.whole.copies(self.values)
 
+    def _scratch(self) -> list[torch.Tensor]:
+        """Copies that each trial overwrites, as they were: new memory would take longer than the trial."""
+        for index in self.whole.written:
+            once(self._overwritten[index]).copy_(once(self.values[index]))
+        return list(self._overwritten)
+
+    @functools.cached_property
+    def _overwritten(self) -> list[torch.Tensor]:
+        return self._copies()
+
     def _compare(self, prepared: Prepared) -> None:
         """Raise `Unfit` unless chunks give what the whole gives, within rounding, in float32 or else in float64."""
-        if self._is_same(self._expected, prepared.uncompiled()):
+        if self._expected.is_met(prepared.uncompiled(), self._scratch()):
             return
         with contextlib.suppress(Exception):  # an operation may not be there in float64
-            if self._is_same(self._expected_wide, prepared.widened().uncompiled()):
+            if self._expected_wide.is_met(prepared.widened().uncompiled(), self._wide_copies()):
                 return
         raise Unfit("its results differ, so members depend on each other")
-
-    def _is_same(self, expected: Expected, chunks: Run) -> bool:
-        """Whether they differ by no more than the table allows, or than a nudge of all inputs in their last bit does.
-
-        (Where a gradient is nothing but rounding, of a bias before BatchNorm, Adam makes whole steps of it.)
-        """
-        values = expected.copies()
-        with torch.no_grad():
-            found = [*chunks(*values), *values]
-        every = zip(found, expected.values, expected.noise, strict=True)
-        return all(_agree(ours, theirs, noise) for ours, theirs, noise in every)
 
     @functools.cached_property
     def _expected(self) -> Expected:
@@ -256,39 +270,56 @@ class Chunker:
 
     @functools.cached_property
     def _expected_wide(self) -> Expected:
-        return Expected.of(widened(self.whole.graph).forward, lambda: list(map(wide, self._copies())))
+        return Expected.of(widened(self.whole.graph).forward, self._wide_copies)
+
+    def _wide_copies(self) -> list[torch.Tensor]:
+        return list(map(wide, self._copies()))
 
 
 def _nudged(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in which each number is larger or smaller by its last bit."""
+    """A copy in which each number is larger or smaller by its last bit, at random."""
     if not tensor.is_floating_point():
         return tensor
-    generator = torch.Generator(tensor.device).manual_seed(0)
-    up = torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device, dtype=tensor.dtype)
-    return copied(tensor).mul_(up.mul_(2).sub_(1).mul_(torch.finfo(tensor.dtype).eps).add_(1))
+    generator, count = torch.Generator(tensor.device).manual_seed(0), min(tensor.numel(), DRAWN)
+    up = torch.randint(0, 2, (count,), generator=generator, device=tensor.device, dtype=tensor.dtype)
+    factors = up.mul_(2).sub_(1).mul_(torch.finfo(tensor.dtype).eps).add_(1)
+    copy = copied(tensor)
+    for (part,) in _in_parts(copy):
+        part.mul_(factors.repeat(-(-part.numel() // DRAWN))[: part.numel()].view(part.shape))
+    return copy
 
 
 def _noise(theirs: torch.Tensor, other: torch.Tensor) -> torch.Tensor | None:
     """How far `other` is from `theirs`, at most, in each row; None of what is not compared so."""
     rounds = theirs.is_floating_point() or theirs.is_complex()
-    return _largest(other - theirs) if rounds and theirs.numel() else None
+    parts = _in_parts(other, theirs) if rounds and theirs.numel() else []
+    return torch.cat([_largest(a - b) for a, b in parts]) if parts else None
 
 
 def _agree(ours: torch.Tensor, theirs: torch.Tensor, noise: torch.Tensor | None) -> bool:
     """Whether `ours` differs from `theirs` by rounding; `noise` is by how much `theirs` does after a nudge."""
     if noise is None:
         return torch.equal(ours, theirs)
-    if not torch.equal(ours.isfinite(), theirs.isfinite()):
-        return False
     times = NOISE_IN_DOUBLE if theirs.dtype is torch.float64 else NOISE
-    allowed = torch.maximum(tolerance(theirs.dtype)[0] * _largest(theirs), times * noise)
-    return bool((_largest(ours - theirs) <= allowed).all())
+    parts = _in_parts(ours, theirs)
+    noises = noise.split([len(part) for part, _ in parts])
+    return all(
+        torch.equal(a.isfinite(), b.isfinite())
+        and bool((_largest(a - b) <= torch.maximum(tolerance(b.dtype)[0] * _largest(b), times * own)).all())
+        for (a, b), own in zip(parts, noises, strict=True)
+    )
+
+
+def _in_parts(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """The same rows of each, a few at a time; a tensor of one dimension is one row."""
+    rows = [tensor if tensor.ndim > 1 else tensor.view(1, -1) for tensor in tensors]
+    size = max(1, PART * len(rows[0]) // max(1, rows[0].numel()))
+    return list(zip(*(each.split(size) for each in rows), strict=True))
 
 
 def _largest(tensor: torch.Tensor) -> torch.Tensor:
     """The largest magnitude of each row, of those that are finite."""
-    rows = tensor.reshape(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.reshape(1, -1)
-    return rows.abs().nan_to_num(0.0, 0.0, 0.0).amax(1)
+    return tensor.reshape(len(tensor), -1).abs().nan_to_num(0.0, 0.0, 0.0).amax(1)
 
 
 def axis_of(all_of: Sequence[int], few: Sequence[int], members: int, size: int) -> int | None:

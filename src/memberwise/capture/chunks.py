@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,30 +53,23 @@ class Chunks:
         (made,) = self.several([inputs])
         return made
 
-    def several(self, steps: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
-        """What it returns for each of several steps; one chunk after the other goes through all of them."""
-        made = [[result.like.empty() for result in self.results] for _ in steps]
+    def several(self, steps: Sequence[Sequence[torch.Tensor]], fleeting: Container[int] = ()) -> list[Sequence[Any]]:
+        """What it returns for each of several steps; one chunk after the other goes through all of them.
+
+        Results in `fleeting` matter of the last step only. All steps write them to the same memory, which lies in the
+        caches then while a chunk goes through.
+        """
+        passage = self.passage(steps, fleeting)
+        passage.run(0, passage.count)
+        return passage.made
+
+    def passage(self, steps: Sequence[Sequence[torch.Tensor]], fleeting: Container[int]) -> Passage:
+        """The same, before any chunk has run."""
+        last = [result.like.empty() for result in self.results]
+        made = [[last[k] if k in fleeting else own.like.empty() for k, own in enumerate(self.results)] for _ in steps]
         cuts: dict[tuple[int, int], Sequence[torch.Tensor]] = {}
         cut = [self._cut(inputs, into, cuts) for inputs, into in zip(steps, made, strict=True)]
-        count = max(map(len, cuts.values()))
-
-        def through(chunk: int) -> None:
-            run = self.rest if self.rest is not None and chunk == count - 1 else self.run
-            for pieces in cut:
-                run(*[one if isinstance(one, torch.Tensor) else one[chunk] for one in pieces])
-
-        for chunk in range(self._aside(through, count), count):
-            through(chunk)
-        return made
-
-    def _aside(self, through: Callable[[int], None], count: int) -> int:
-        """Run full rounds of chunks in lanes; how many chunks that are."""
-        full = count - (self.rest is not None)
-        full -= full % self.lanes
-        if self.lanes == 1 or not full:
-            return 0
-        in_lanes(self.lanes, through, full)
-        return full
+        return Passage(self, made, cut, max(map(len, cuts.values())))
 
     def _cut(self, inputs: Sequence[torch.Tensor], into: Sequence[torch.Tensor], cuts: Any) -> list[Pieces]:
         """What the program is called with, as a piece a chunk where it has members; each tensor is cut once."""
@@ -92,6 +85,47 @@ class Chunks:
         return own + [pieces(one, result.dim) for one, result in zip(into, self.results, strict=True)]
 
 
-def several(run: Run, steps: Sequence[Sequence[torch.Tensor]]) -> Sequence[Sequence[torch.Tensor]]:
-    """What a program returns for each of several steps."""
-    return run.several(steps) if isinstance(run, Chunks) else [run(*inputs) for inputs in steps]
+class Passage(NamedTuple):
+    """Chunks and the steps that each is taken through.
+
+    Attributes:
+        chunks: how they run.
+        made: what each step returns; it is there when all of them have run.
+        cut: for each step, what the program is called with.
+        count: how many chunks there are.
+    """
+
+    chunks: Chunks
+    made: list[Sequence[Any]]
+    cut: list[list[Pieces]]
+    count: int
+
+    def run(self, begin: int, end: int) -> None:
+        """Take these chunks through all steps: full rounds of them in lanes, then the others one by one."""
+        lanes = self.chunks.lanes
+        full = end - begin - (self.chunks.rest is not None and end == self.count)
+        full -= full % lanes
+        if lanes > 1 and full:
+            in_lanes(lanes, lambda k: self._through(begin + k), full)
+            begin += full
+        for chunk in range(begin, end):
+            self._through(chunk)
+
+    def _through(self, chunk: int) -> None:
+        rest = self.chunks.rest
+        run = rest if rest is not None and chunk == self.count - 1 else self.chunks.run
+        for pieces in self.cut:
+            run(*[one if isinstance(one, torch.Tensor) else one[chunk] for one in pieces])
+
+
+def several(
+    run: Run, steps: Sequence[Sequence[torch.Tensor]], fleeting: Container[int] = ()
+) -> list[Sequence[torch.Tensor]]:
+    """What a program returns for each of several steps; of results in `fleeting`, what the last one does."""
+    if isinstance(run, Chunks):
+        return run.several(steps, fleeting)
+    found: list[Sequence[Any]] = []
+    for inputs in steps:
+        found[-1:] = [[None if k in fleeting else one for k, one in enumerate(made)] for made in found[-1:]]
+        found.append(run(*inputs))
+    return found

@@ -19,7 +19,8 @@ from torch import fx
 from memberwise._torch.inductor import How
 from memberwise.capture import progress
 from memberwise.capture.chunker import Chunker, Prepared, Unfit
-from memberwise.capture.chunks import Run, several
+from memberwise.capture.chunks import Run
+from memberwise.capture.clock import Clock
 from memberwise.capture.graphed import graphed
 from memberwise.capture.layout import laid_out
 from memberwise.capture.outline import LONG
@@ -32,7 +33,7 @@ MLP, M = 1: 90 to 110 us), and to compile another takes seconds."""
 GROWTH = 8
 """How many times as many members each candidate has; the best one's neighbours, of half and twice as many, follow."""
 
-BUDGET = 20.0
+BUDGET = 30.0
 """Seconds of compiling candidates, after which no further one is."""
 
 HOPE = 1.5
@@ -139,16 +140,13 @@ class Planner(Chunker):
         (seconds,) = self._seconds(best)
         found, why = self._tried(seconds)
         told: list[str] = []
+        promising = iter([(candidate, prepared) for part, candidate, prepared in found if part <= HOPE])
+        tried = {(candidate.size, candidate.lanes) for _, candidate, _ in found}
         end = time.monotonic() + BUDGET
-        for part, candidate, prepared in found:
-            if part > HOPE:
-                break
-            best, choice = self._faster(best, choice, candidate, prepared, told)
+        while new := self._beside(choice, tried) or next(promising, None):
+            best, choice = self._faster(best, choice, *new, told)
             if time.monotonic() > end:
                 break
-        tried = {(candidate.size, candidate.lanes) for _, candidate, _ in found}
-        while choice.size and time.monotonic() < end and (beside := self._beside(choice, tried)):
-            best, choice = self._faster(best, choice, *beside, told)
         return self._or_uncompiled(best, choice, told) or (best, choice, "; ".join(told) or why)
 
     def _faster(
@@ -167,6 +165,8 @@ class Planner(Chunker):
 
     def _beside(self, choice: Candidate, tried: set[tuple[int, int]]) -> tuple[Candidate, Prepared] | None:
         """One with half or twice as many members as the best that was not tried yet; it is then."""
+        if not choice.size:
+            return None
         for size in (choice.size // 2, 2 * choice.size):
             candidate = choice._replace(size=size)
             if 1 <= size <= self.whole.members // max(2, choice.lanes) and (size, choice.lanes) not in tried:
@@ -204,9 +204,9 @@ class Planner(Chunker):
             return [], why
         own = [prepared[candidate.size, candidate.way] for candidate in candidates]
         chunks = [part.uncompiled(candidate.lanes) for part, candidate in zip(own, candidates, strict=True)]
-        whole, *each = self._seconds(self._plain, *chunks)
+        whole, *each = self._seconds(self._plain, *chunks, rounds=1)
         found = [(taken / whole, *rest) for taken, *rest in zip(each, candidates, own, strict=True)]
-        found.sort(key=operator.itemgetter(0))
+        found.sort(key=_by_size if self.steps > 1 else operator.itemgetter(0))
         return found, "; ".join(f"{candidate} {100 * part:.0f}% of its time" for part, candidate, _ in found)
 
     def _candidates(self, members: int, seconds: float) -> list[Candidate]:
@@ -221,21 +221,24 @@ class Planner(Chunker):
     def _on_gpu(self) -> bool:
         return any(value.device.type == "cuda" for value in self.values)
 
-    def _seconds(self, *runs: Run) -> list[float]:
+    def _seconds(self, *runs: Run, rounds: int = 2) -> list[float]:
         """The least time of each run, on copies, taken in turns: a busy machine slows all of them."""
-        inputs = self._copies()
-        runs = tuple(graphed(run, inputs) for run in runs)
+        inputs, fleeting = self._scratch(), self.whole.fleeting
         finish = torch.cuda.synchronize if self._on_gpu else _nothing
-        best, end, rounds = [float("inf")] * len(runs), time.perf_counter() + TRIAL * len(runs), 0
+        clocks = [Clock(graphed(run, inputs), [inputs] * self.steps, fleeting, finish) for run in runs]
+        best, end = [float("inf")] * len(runs), time.perf_counter() + TRIAL * len(runs)
+        rounds = max(rounds, 3 if self._on_gpu else 0)  # the second makes a CUDA graph
         with torch.no_grad(), self.whole.memory:
-            while time.perf_counter() < end or rounds < (3 if self._on_gpu else 1):  # the second makes a CUDA graph
-                for k, run in enumerate(runs):
-                    start = time.perf_counter()
-                    several(run, [inputs] * self.steps)
-                    finish()
-                    best[k] = min(best[k], time.perf_counter() - start)
-                rounds += 1
+            while time.perf_counter() < end or rounds > 0:
+                best = [min(least, clock.seconds()) for least, clock in zip(best, clocks, strict=True)]
+                rounds -= 1
         return best
+
+
+def _by_size(found: tuple[float, Candidate, Prepared]) -> tuple[int, int]:
+    """Of several steps: small chunks first, for their state can stay in the caches, and most of them on own cores."""
+    _, candidate, _ = found
+    return candidate.size, -candidate.lanes
 
 
 def _nothing() -> None:

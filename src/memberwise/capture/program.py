@@ -18,7 +18,8 @@ from memberwise.capture.draws import Draw
 from memberwise.capture.guards import Change, Guards
 from memberwise.capture.places import Place
 from memberwise.engine.slots import Slots
-from memberwise.trees import tree_map
+from memberwise.pages import in_huge_pages
+from memberwise.trees import tree_leaves, tree_map
 
 COPIED = 2 << 30
 """How many bytes of state are copied at most for a trial. Chunks are tried on three such copies."""
@@ -251,6 +252,12 @@ class Program:
         carried = self.stores or self.grads_in or list(after.values()) != self.filled
         return not carried and all(draw.is_ahead for _, draw in self.draws)
 
+    @property
+    def fleeting(self) -> set[int]:
+        """The outputs in whose place the next step's come: gradients that the step leaves and does not return."""
+        returned = {leaf.index for leaf in tree_leaves(self.result) if type(leaf) is Output}
+        return {output for _, output in self.grads_out if output is not None} - returned
+
     def replay(self, values: list[torch.Tensor]) -> Any:
         """Bring hyperparameters up to date, draw, run, put results in their places, and build what the step returns."""
         for optimizer in self.optimizers:
@@ -264,7 +271,7 @@ class Program:
         return self._returned(values, outputs)
 
     def replay_several(self, steps: Sequence[list[torch.Tensor]], several: Callable[..., Any]) -> list[Any]:
-        """As many steps, all draws first; `several(run, inputs of each)` gives the outputs of each."""
+        """As many steps, all draws first; `several(run, inputs of each, fleeting)` gives the outputs of each."""
         for optimizer in self.optimizers:
             optimizer.sync_hyperparameters()
         for values in steps:
@@ -273,7 +280,7 @@ class Program:
                 values[index] = copied(drawn) if drawn is draw.example else drawn  # which the next would overwrite
         self._let_go(steps[0])
         with torch.no_grad(), self.memory:
-            found = several(self.run, [values[: self.count] for values in steps])
+            found = several(self.run, [values[: self.count] for values in steps], self.fleeting)
         self._leave(steps[-1], found[-1])
         return [self._returned(values, outputs) for values, outputs in zip(steps, found, strict=True)]
 
@@ -307,9 +314,9 @@ def hooks_on(leaves: Sequence[torch.Tensor]) -> list[Any]:
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in the same memory order, expanded or not."""
+    """A copy in the same memory order, expanded or not, and in huge pages as the state of a stack is."""
     copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    once(copy).copy_(once(tensor))
+    once(in_huge_pages(copy)).copy_(once(tensor))
     return copy
 
 

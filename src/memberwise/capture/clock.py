@@ -1,0 +1,64 @@
+"""How long a call takes, told by a part of it: to choose how a thousand members run, not all of them need to."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Container, Sequence
+
+import torch
+
+from memberwise.capture.chunks import Chunks, Run, several
+
+PIECE = 0.05
+"""Seconds that a part of a call must take to stand for it."""
+
+
+class Clock:
+    """Times calls for several steps.
+
+    All members at once, each step takes alike, and one is run. Of chunks that take longer, some are, through all steps:
+    each time the next, so that their state comes out of memory as it does in a call.
+
+    Args:
+        run: what is called.
+        steps: the inputs of each step.
+        fleeting: results that matter of the last step only.
+        finish: waits for the device.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        steps: Sequence[Sequence[torch.Tensor]],
+        fleeting: Container[int],
+        finish: Callable[[], object],
+    ) -> None:
+        self._run = run
+        self._steps = steps
+        self._fleeting = fleeting
+        self._finish = finish
+        self._size = 0
+        self._next = 0
+
+    def seconds(self) -> float:
+        """Of a call, by what ran just now."""
+        if not isinstance(self._run, Chunks):
+            return len(self._steps) * self._taken(lambda: several(self._run, self._steps[:1], self._fleeting))
+        passage = self._run.passage(self._steps, self._fleeting)
+        lanes, count = self._run.lanes, passage.count
+        if not self._size:
+            once = self._taken(lambda: passage.run(0, lanes))
+            self._size = self._next = lanes * math.ceil(PIECE / once)
+        size, begin = self._size, self._next
+        if 2 * size > count:
+            del passage  # its results are made anew
+            return self._taken(lambda: several(self._run, self._steps, self._fleeting))
+        self._next = begin + size if begin + 2 * size <= count else 0
+        return math.ceil(count / lanes) * lanes / size * self._taken(lambda: passage.run(begin, begin + size))
+
+    def _taken(self, run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        self._finish()
+        return time.perf_counter() - start
