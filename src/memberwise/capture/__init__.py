@@ -75,7 +75,8 @@ def compile(
         steps_per_call: more than one says that a call has the data of several steps. All tensors among the arguments
             have one dimension more, the first, with an entry a step, about so many (a last call may have fewer); what
             the steps return is stacked there. In chunks, a few members at a time go through all of them, and what they
-            need stays in the processor's caches. Gradients that steps leave are written for the last one only. Learning rates are those at the start of the call.
+            need stays in the processor's caches. Gradients that steps leave are written for the last one only. Learning
+            rates are those at the start of the call.
         max_memory: bytes that a step may take at a time beside its state: activations, and the gradients of the members
             under way. As many members as fit run through the whole step, then the next; so a stack trains whose
             activations would not fit at once. How many do is found out before the first run, on copies of one member
