@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from memberwise.errors import ArgumentError, fail
 from memberwise.generators import global_generators, restoring
-from memberwise.metering import Meter, in_words, shares
+from memberwise.metering import Meter, free_memory, in_words, shares
 from memberwise.module import Stack
 from memberwise.outcomes import Case
 from memberwise.trees import tree_leaves
@@ -85,7 +83,7 @@ def estimate(
     case = Case(stack, inputs, loss_fn)
     taken = _taken(case, FEW, optimizer_copies), _taken(case, MORE, optimizer_copies)
     per_member, base = shares(FEW, MORE, taken)
-    available = _free(next(stack.parameters(), torch.empty(0)).device) if memory is None else memory
+    available = free_memory(next(stack.parameters(), torch.empty(0)).device) if memory is None else memory
     return Estimate(max((available - base) // per_member, 0), per_member, base, available)
 
 
@@ -104,14 +102,3 @@ def _step(case: Case) -> None:
     roots = [leaf for leaf in tree_leaves(case.outputs()) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     if roots:
         torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
-
-
-def _free(device: torch.device) -> int:
-    """Bytes that are free on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    table = Path("/proc/meminfo")
-    if table.exists():  # what the system could free at once counts as free
-        lines = dict(line.split(":", 1) for line in table.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

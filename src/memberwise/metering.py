@@ -1,8 +1,10 @@
-"""How much memory operations take: counted while they run, and in words."""
+"""How much memory operations take, counted while they run; how much there is; and both in words."""
 
 from __future__ import annotations
 
+import os
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +64,17 @@ def shares(few: int, more: int, taken: tuple[int, int]) -> tuple[int, int]:
     """
     per_member = max((taken[1] - taken[0]) // (more - few), 1)
     return per_member, max(taken[0] - few * per_member, 0)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    table = Path("/proc/meminfo")
+    if table.exists():  # what the system could free at once counts as free
+        lines = dict(line.split(":", 1) for line in table.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def in_words(count: float) -> str:

@@ -510,8 +510,12 @@ def test_what_differs_in_float32_is_compared_in_float64(dtype: torch.dtype, monk
         assert [plan.split(", so")[0] for plan in captured.captured.plans] == plans
 
 
-def test_large_state_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memberwise.capture.program.COPIED", 100)
+@pytest.mark.parametrize(("name", "limit"), [("COPIED", 100), ("free_memory", 100)])
+def test_state_is_not_copied_that_is_large_or_has_no_room(
+    name: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = limit if name == "COPIED" else lambda device: limit
+    monkeypatch.setattr(f"memberwise.capture.program.{name}", value)
     world = training("mlp", "sgd", members=4)
     captured = compile(world.step, backend="fx").captured
     x = INPUTS["mlp"][1]()

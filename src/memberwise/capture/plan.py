@@ -86,7 +86,7 @@ class Planner(Chunker):
         if self.whole.members < 2:
             return self.at_once(), "all at once: fewer than two members are known of"
         if not self.whole.can_copy(self.values):
-            return self.at_once(), "all at once: the state is too large to try chunks on copies"
+            return self.at_once(), "all at once: the state is too large to try chunks on copies of it"
         known = remembered.get()
         if known is not None:
             return self._as_known(known)

@@ -18,11 +18,15 @@ from memberwise.capture.draws import Draw
 from memberwise.capture.guards import Change, Guards
 from memberwise.capture.places import Place
 from memberwise.engine.slots import Slots
+from memberwise.metering import free_memory
 from memberwise.pages import in_huge_pages
 from memberwise.trees import tree_leaves, tree_map
 
 COPIED = 2 << 30
-"""How many bytes of state are copied at most for a trial. Chunks are tried on three such copies."""
+"""How many bytes of state are copied at most for a trial."""
+
+COPIES = 4
+"""How many such copies must have room: chunks are tried on one, beside what is expected and what the trial makes."""
 
 _hooks_of = operator.attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 
@@ -170,8 +174,10 @@ class Program:
         self.fixed_written = {memory_key(self.values[index]) for index in self.written - changing}
 
     def can_copy(self, values: Sequence[torch.Tensor]) -> bool:
-        """Whether copies of all that is written to are small enough to be made for a trial."""
-        return sum(values[index].nbytes for index in self.written) <= COPIED
+        """Whether copies of all that is written to are small enough to be made for trials, and have room."""
+        written = [values[index] for index in self.written]
+        size = sum(value.nbytes for value in written)
+        return size <= COPIED and COPIES * size <= min(map(free_memory, {value.device for value in written}), default=0)
 
     def copies(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The graph's inputs among `values`, those that it writes to as copies in the same memory order."""
