@@ -18,6 +18,7 @@ from memberwise.construction import build, stack
 from memberwise.errors import ArgumentError
 from memberwise.trees import each
 from tests.parity.test_capture import INPUTS, training
+from tests.parity.test_capture_chunks import Clock as PlannedClock
 from tests.parity.test_capture_chunks import as_if_compiled
 from tests.parity.twins import assert_same
 
@@ -211,8 +212,8 @@ def test_gradients_of_earlier_steps_are_not_kept(chunk: int, monkeypatch: pytest
         first, second, last = (found[output] for found in steps)
         assert (first is second is last) if isinstance(program.run, Chunks) else (first is second is None)
         assert last is not None
-    returned = [{output for output in range(len(found))} - program.fleeting for found in steps]
-    assert all(steps[0][output] is not steps[2][output] for output in returned[0])
+    returned = {*range(len(steps[0]))} - program.fleeting
+    assert all(steps[0][output] is not steps[2][output] for output in returned)
 
 
 def test_a_gradient_that_is_returned_is_kept_of_each_step() -> None:
@@ -246,3 +247,20 @@ def test_candidates_are_timed_on_as_many_steps(monkeypatch: pytest.MonkeyPatch, 
         captured((INPUTS["mlp"][1]() + k,), {})
     assert {*counts} == {5}
     assert captured.plans
+
+
+@pytest.mark.chooses
+@pytest.mark.parametrize(("long", "choice"), [(10**6, "one at a time"), (10, "8 at a time")])
+def test_small_chunks_come_first_but_of_a_long_recording_the_fastest(
+    long: int, choice: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """Of a long one a single candidate is compiled: what is fastest operation by operation."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(plan, "LONG", long)
+    monkeypatch.setattr(plan, "BUDGET", -1.0)
+    monkeypatch.setattr(plan.Planner, "_seconds", PlannedClock(whole=1.0, of_1=0.8, of_8=0.5))
+    captured = compile(training("mlp", "sgd", members=17).step, backend="fx", steps_per_call=2).captured
+    as_if_compiled(captured, monkeypatch)
+    for k in range(3):
+        captured((INPUTS["mlp"][1]() + k,), {})
+    assert captured.plans[0].startswith(f"{choice}: ")

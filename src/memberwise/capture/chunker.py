@@ -36,7 +36,7 @@ rounding, and another kernel rounds in other places.)"""
 
 
 DRAWN = 65_521
-"""How many random numbers a nudge draws at most, and repeats: a prime, so that no two rows of a tensor get the same."""
+"""How many random numbers a nudge draws at most, and repeats: a prime, so that rows beside each other get others."""
 
 PART = 1 << 20
 """Numbers that are compared at a time: new memory for the differences of a gigabyte would take longer than they do."""
@@ -91,7 +91,7 @@ class Expected(NamedTuple):
         """
         with torch.no_grad():
             found = [*chunks(*values), *values]
-        return all(map(_agree, found, self.values, self.noise))
+        return all(_agree(*each) for each in zip(found, self.values, self.noise, strict=True))
 
 
 class Prepared(NamedTuple):

@@ -126,6 +126,7 @@ def several(
         return run.several(steps, fleeting)
     found: list[Sequence[Any]] = []
     for inputs in steps:
-        found[-1:] = [[None if k in fleeting else one for k, one in enumerate(made)] for made in found[-1:]]
+        if found:
+            found[-1] = [None if k in fleeting else one for k, one in enumerate(found[-1])]
         found.append(run(*inputs))
     return found

@@ -38,24 +38,32 @@ class Clock:
         self._steps = steps
         self._fleeting = fleeting
         self._finish = finish
-        self._size = 0
-        self._next = 0
+        self._size: int | None = None
+        self._begin = 0
 
     def seconds(self) -> float:
         """Of a call, by what ran just now."""
         if not isinstance(self._run, Chunks):
             return len(self._steps) * self._taken(lambda: several(self._run, self._steps[:1], self._fleeting))
-        passage = self._run.passage(self._steps, self._fleeting)
-        lanes, count = self._run.lanes, passage.count
+        if self._size is None:
+            self._size = self._sized(self._run)
         if not self._size:
-            once = self._taken(lambda: passage.run(0, lanes))
-            self._size = self._next = lanes * math.ceil(PIECE / once)
-        size, begin = self._size, self._next
-        if 2 * size > count:
-            del passage  # its results are made anew
             return self._taken(lambda: several(self._run, self._steps, self._fleeting))
-        self._next = begin + size if begin + 2 * size <= count else 0
-        return math.ceil(count / lanes) * lanes / size * self._taken(lambda: passage.run(begin, begin + size))
+        return self._of_some(self._run, self._size)
+
+    def _sized(self, run: Chunks) -> int:
+        """How many chunks take long enough; 0 if that is more than half of them."""
+        passage = run.passage(self._steps, self._fleeting)
+        size = run.lanes * math.ceil(PIECE / self._taken(lambda: passage.run(0, run.lanes)))
+        return size if 2 * size <= passage.count else 0
+
+    def _of_some(self, run: Chunks, size: int) -> float:
+        """Of a call, by the next so many chunks."""
+        passage = run.passage(self._steps, self._fleeting)
+        begin = self._begin + size
+        self._begin = begin = begin if begin + size <= passage.count else 0
+        rounds = math.ceil(passage.count / run.lanes)
+        return rounds * run.lanes / size * self._taken(lambda: passage.run(begin, begin + size))
 
     def _taken(self, run: Callable[[], object]) -> float:
         start = time.perf_counter()

@@ -85,7 +85,7 @@ class Planner(Chunker):
         """All members at once, or so many at a time; and why."""
         if self.whole.members < 2:
             return self.at_once(), "all at once: fewer than two members are known of"
-        if not self.whole.can_copy(self.values):
+        if not self._can_copy:
             return self.at_once(), "all at once: the state is too large to try chunks on copies of it"
         known = remembered.get()
         if known is not None:
@@ -99,12 +99,17 @@ class Planner(Chunker):
     def at_once(self) -> Run:
         """The recording for all members, compiled."""
         graph, last = self._laid_out
-        trial = self._copies if self.whole.can_copy(self.values) else None
+        trial = self._copies if self._can_copy else None
         return self.compiled(graph, self.values[: self.whole.count], trial, How(channels_last=last))
 
     @functools.cached_property
+    def _can_copy(self) -> bool:
+        """Asked once: the copies themselves take of the room."""
+        return self.whole.can_copy(self.values)
+
+    @functools.cached_property
     def _laid_out(self) -> tuple[fx.GraphModule, bool]:
-        if not self.whole.can_copy(self.values):
+        if not self._can_copy:
             return self.whole.graph, False
         return laid_out(self.whole.graph, self._copies, self.whole.outputs)
 
@@ -135,12 +140,13 @@ class Planner(Chunker):
         return self.at_once(), Candidate(), told
 
     def _measured(self) -> tuple[Run, Candidate, str]:
-        """What is fastest, compiled; the candidates in the order of what they promise."""
+        """What is fastest, compiled; the candidates in the order of what they promise, or of several steps by size."""
         best, choice = self.at_once(), Candidate()
         (seconds,) = self._seconds(best)
         found, why = self._tried(seconds)
         told: list[str] = []
-        promising = iter([(candidate, prepared) for part, candidate, prepared in found if part <= HOPE])
+        hopeful = [(candidate, prepared) for part, candidate, prepared in found if part <= HOPE]
+        promising = iter(sorted(hopeful, key=_by_size) if self.steps > 1 else hopeful)
         tried = {(candidate.size, candidate.lanes) for _, candidate, _ in found}
         end = time.monotonic() + BUDGET
         while new := self._beside(choice, tried) or next(promising, None):
@@ -206,7 +212,7 @@ class Planner(Chunker):
         chunks = [part.uncompiled(candidate.lanes) for part, candidate in zip(own, candidates, strict=True)]
         whole, *each = self._seconds(self._plain, *chunks, rounds=1)
         found = [(taken / whole, *rest) for taken, *rest in zip(each, candidates, own, strict=True)]
-        found.sort(key=_by_size if self.steps > 1 else operator.itemgetter(0))
+        found.sort(key=operator.itemgetter(0))
         return found, "; ".join(f"{candidate} {100 * part:.0f}% of its time" for part, candidate, _ in found)
 
     def _candidates(self, members: int, seconds: float) -> list[Candidate]:
@@ -235,9 +241,9 @@ class Planner(Chunker):
         return best
 
 
-def _by_size(found: tuple[float, Candidate, Prepared]) -> tuple[int, int]:
-    """Of several steps: small chunks first, for their state can stay in the caches, and most of them on own cores."""
-    _, candidate, _ = found
+def _by_size(hopeful: tuple[Candidate, Prepared]) -> tuple[int, int]:
+    """Small chunks first, for their state can stay in the caches, and most of them on own cores."""
+    candidate, _ = hopeful
     return candidate.size, -candidate.lanes
 
 
