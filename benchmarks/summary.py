@@ -179,12 +179,12 @@ def _members(found: dict[Any, int | None], key: tuple[str, int, str]) -> str:
 
 def notes(document: dict[str, Any]) -> list[str]:
     """Every figure that is missing or was cut, and why; one line for each rival and reason."""
-    rows: dict[tuple[str, str, str], list[str]] = {}
+    rows: dict[tuple[str, str, str], dict[str, None]] = {}
     for row in document["rows"]:
         for figure in row["figures"]:
             if figure["status"] != "timed":
                 key = figure["rival"], figure["status"], figure["why"]
-                rows.setdefault(key, []).append(f"{row['row']} ({_threads(row)})")
+                rows.setdefault(key, {})[f"{row['row']} ({_threads(row)})"] = None  # once, beside how many groups it ran
     return [f"{rival} {status} in {', '.join(where)}: {why}" for (rival, status, why), where in rows.items()]
 
 
