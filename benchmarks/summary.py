@@ -184,7 +184,8 @@ def notes(document: dict[str, Any]) -> list[str]:
         for figure in row["figures"]:
             if figure["status"] != "timed":
                 key = figure["rival"], figure["status"], figure["why"]
-                rows.setdefault(key, {})[f"{row['row']} ({_threads(row)})"] = None  # once, beside how many groups it ran
+                where = rows.setdefault(key, {})
+                where[f"{row['row']} ({_threads(row)})"] = None  # once, beside however many groups the rival ran
     return [f"{rival} {status} in {', '.join(where)}: {why}" for (rival, status, why), where in rows.items()]
 
 
