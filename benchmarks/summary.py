@@ -179,14 +179,14 @@ def _members(found: dict[Any, int | None], key: tuple[str, int, str]) -> str:
 
 def notes(document: dict[str, Any]) -> list[str]:
     """Every figure that is missing or was cut, and why; one line for each rival and reason."""
-    rows: dict[tuple[str, str, str], dict[str, None]] = {}
+    rows: dict[tuple[str, str, str], list[str]] = {}
     for row in document["rows"]:
         for figure in row["figures"]:
             if figure["status"] != "timed":
                 key = figure["rival"], figure["status"], figure["why"]
-                where = rows.setdefault(key, {})
-                where[f"{row['row']} ({_threads(row)})"] = None  # once, beside however many groups the rival ran
-    return [f"{rival} {status} in {', '.join(where)}: {why}" for (rival, status, why), where in rows.items()]
+                rows.setdefault(key, []).append(f"{row['row']} ({_threads(row)})")
+    once = {key: ", ".join(dict.fromkeys(where)) for key, where in rows.items()}  # ours run beside each group
+    return [f"{rival} {status} in {where}: {why}" for (rival, status, why), where in once.items()]
 
 
 def origin(document: dict[str, Any]) -> str:
