@@ -27,12 +27,13 @@ def machine(device: str = "cpu") -> dict[str, object]:
 
 
 def processor() -> str:
-    """The processor's name, from the kernel where it tells."""
+    """The processor's name, from the kernel where it tells, and its kind: on rented machines all have one name."""
     try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        told = dict(re.findall(r"^(.+?)\s*: *(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
     except OSError:
-        found = None
-    return found.group(1).strip() if found else platform.machine()
+        told = {}
+    family = f"family {told['cpu family']}, " if "cpu family" in told else ""
+    return f"{told.get('model name', platform.machine())} ({family}{torch.backends.cpu.get_cpu_capability()})"
 
 
 def accelerator(device: str) -> str | None:

@@ -298,6 +298,22 @@ def test_where_the_compiler_keeps_things(tmp_path: Path, monkeypatch: pytest.Mon
     assert str(folder.cache_folder()) == cache_dir()
 
 
+def test_each_processor_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks: of machines that share a home, one would run another's code, of instructions that it may not have; and
+    its plans."""
+    known = folder.processor()
+    if Path("/proc/cpuinfo").exists():
+        line = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Feat")))
+        assert line.partition(":")[2].strip() in known
+    here = folder.kept_at("a step")
+    for other in (known, (*known[:-1], f"{known[-1]} avx1024")):
+        monkeypatch.setattr(folder, "processor", lambda other=other: other)
+        folder._machine.cache_clear()
+        assert (folder.kept_at("a step") == here) is (other == known)
+    monkeypatch.undo()
+    folder._machine.cache_clear()
+
+
 def _written() -> tuple[fx.GraphModule, Any]:
     """x += 2 y, which gives y + 1; and what to run it on."""
     graph = fx.Graph()

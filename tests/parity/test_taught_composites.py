@@ -298,6 +298,13 @@ def test_autocast_dtypes(name: str) -> None:
         return [out.bfloat16() for out in outs]
 
     args = given(name, torch.float32)
+    try:
+        func(*(t[0] for t in args))
+    except RuntimeError as error:
+        if "primitive descriptor" not in str(error):  # which an LSTM has with AVX-512 alone
+            raise
+        pytest.skip(f"torch has no such kernel for this processor: {error}")
+    seen.clear()
     out = memberwise.vmap(func)(*args)
     torch.autograd.backward(out, [torch.ones_like(o) for o in out])
     for i in range(3):

@@ -43,6 +43,11 @@ def _matrix(members: int, rows: int, columns: int, order: str, seed: int) -> tor
 @example(2, 5, 16, 0, "rows", "rows", torch.float32, 0)
 @example(2, 15, 33, 65, "rows", "columns", torch.bfloat16, 0)
 @example(2, 40, 64, 64, "columns", "rows", torch.bfloat16, 0)
+@example(700, 24, 33, 21, "rows", "columns", torch.float32, 0)  # more than a cache holds: memory is asked for ahead
+@example(40, 300, 20, 64, "shared", "rows", torch.float64, 0)
+@example(300, 40, 33, 30, "apart", "shared", torch.float32, 0)
+@example(300, 0, 64, 64, "rows", "rows", torch.float32, 0)
+@example(3000, 20, 20, 0, "rows", "rows", torch.float32, 0)
 def test_products(members: int, m: int, n: int, k: int, left: str, right: str, dtype: torch.dtype, seed: int) -> None:
     a, b = (_matrix(members, *of, seed).to(dtype) for of in ((m, k, left), (k, n, right)))
     found, expected = product(a, b), torch.bmm(a.double(), b.double()).to(dtype)

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import getpass
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -56,8 +57,20 @@ def get(path: Path, made_of: Callable[[Any], Made]) -> Made | None:
 @functools.cache
 def _machine() -> Any:
     cards = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
-    processor = platform.machine(), torch.backends.cpu.get_cpu_capability(), os.cpu_count()
-    return *processor, cards, torch.__version__, torch.version.git_version, _code()
+    return processor(), os.cpu_count(), cards, torch.__version__, torch.version.git_version, _code()
+
+
+@functools.cache
+def processor() -> tuple[str, ...]:
+    """Which one this is, with what it can do: code is built for all of that, and a folder may be several machines'."""
+    known = platform.machine(), torch.backends.cpu.get_cpu_capability()
+    try:
+        with Path("/proc/cpuinfo").open() as lines:
+            first = "".join(itertools.takewhile(str.strip, lines))
+    except OSError:  # another system than Linux
+        return *known, platform.processor()
+    told = re.findall(r"^(?:vendor_id|cpu family|model|model name|flags|Features)\s*: *(.*)$", first, re.MULTILINE)
+    return *known, *told
 
 
 def _code() -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from memberwise._torch.entry import Entry, everywhere
-from memberwise._torch.folder import get, kept_at, put
+from memberwise._torch.folder import get, kept_at, processor, put
 from memberwise._torch.identity import memory_key
 from memberwise._torch.versions import version
 
@@ -229,7 +229,7 @@ def built(source: str) -> Any:
         return library
     from torch._inductor.codecache import CppCodeCache
 
-    library = CppCodeCache.load(source, "cpu")
+    library = CppCodeCache.load(f"{source}\n// {processor()}\n", "cpu")
     put(_noted(source), {"library": library._name})
     return library
 

@@ -129,12 +129,24 @@ Tile<T> tile_of(int height) {
     else return height == HEIGHT ? tile<T, HEIGHT, VECTORS> : tile_of<T, VECTORS, HEIGHT - 1>(height);
 }
 
-// c = a b, or c += a b: rows x n numbers, whose rows are `to` apart
+inline int64_t parts_of(int64_t whole, int64_t size) { return (whole + size - 1) / size; }
+
 template <class T>
-void multiply(Strided<T> a, Strided<T> b, T* c, int64_t to, int64_t rows, int64_t n, int64_t k, bool adds = false) {
+int64_t tiles_of(int64_t rows, int64_t n, int64_t k) {
+    return parts_of(k, DEEP) * parts_of(n, WIDE<T>) * parts_of(rows, TALL);
+}
+
+struct Nothing {
+    void operator()() const {}
+};
+
+// c = a b, or c += a b: rows x n numbers, whose rows are `to` apart; `then` is called after each tile
+template <class T, class Then = Nothing>
+void multiply(Strided<T> a, Strided<T> b, T* c, int64_t to, int64_t rows, int64_t n, int64_t k, bool adds = false,
+              Then then = {}) {
     constexpr int SIZE = W<T>, ROW = WIDE<T>;
     alignas(64) T panel[DEEP * ROW], part[TALL * ROW];
-    const int64_t blocks = (rows + TALL - 1) / TALL;
+    const int64_t blocks = parts_of(rows, TALL);
     for (int64_t l = 0; l < k; l += DEEP) {
         const int64_t deep = std::min(DEEP, k - l);
         const bool more = adds || l > 0;
@@ -152,6 +164,7 @@ void multiply(Strided<T> a, Strided<T> b, T* c, int64_t to, int64_t rows, int64_
                 run(a.from(i, l), right, pitch, deep, place, whole ? to : ROW, more);
                 for (int64_t r = 0; !whole && r < height; r++) std::copy_n(part + r * ROW, width, own + r * to);
                 i += height;
+                then();
             }
         }
     }

@@ -4,22 +4,83 @@ namespace {
 
 constexpr int64_t ROWS = 192;  // of a task, at most
 constexpr double MANY = 1e5;   // multiplications from which on other cores are asked
+constexpr int64_t LINE = 64;   // bytes of a line of the cache
+constexpr int64_t NEAR = 1 << 20;  // bytes of all tasks that a core may have in its second cache, before and after
+constexpr int64_t SOON = 1 << 19;  // bytes of a task that may come into it beside another's
 
-// c is dense; of a and b the strides are told
-template <class T>
-void products(T* c, const T* a, const T* b, int64_t members, int64_t m, int64_t n, int64_t k, const int64_t* left,
-              const int64_t* right) {
-    const int64_t parts = std::max<int64_t>(1, (m + ROWS - 1) / ROWS), tasks = members * parts;
-    if (k == 0) std::fill_n(c, members * m * n, T(0));
-#pragma omp parallel for schedule(static) if (tasks > 1 && double(members) * m * n * k > MANY)
-    for (int64_t task = 0; task < tasks; task++) {
-        const int64_t member = task / parts, part = task % parts;
-        const int64_t begin = m * part / parts, end = m * (part + 1) / parts;
-        const Strided<T> own{a + member * left[0] + begin * left[1], left[1], left[2]};
-        const Strided<T> other{b + member * right[0], right[1], right[2]};
-        multiply(own, other, c + (member * m + begin) * n, n, end - begin, n, k);
+struct Span {  // memory that is asked for, some lines at a time
+    const char* at;
+    int64_t lines, some;
+    Span(const void* from, int64_t bytes, int64_t times)
+        : at(static_cast<const char*>(from)), lines(bytes / LINE), some(parts_of(lines, times)) {}
+    void ask() {
+        for (int64_t i = 0; i < some && lines > 0; i++, lines--, at += LINE) __builtin_prefetch(at, 0, 2);
     }
-}
+};
+
+struct Ahead {  // what the next task reads and writes, asked for while this one multiplies
+    Span left, right, out;
+    void operator()() {
+        left.ask();
+        right.ask();
+        out.ask();
+    }
+};
+
+// of all members; c is dense, of a and b the strides are told
+template <class T>
+struct Products {
+    T* c;
+    const T *a, *b;
+    int64_t members, m, n, k;
+    const int64_t *left, *right;
+
+    int64_t parts() const { return std::max<int64_t>(1, parts_of(m, ROWS)); }
+
+    struct Task {  // some rows of one member's product
+        int64_t member, begin, end;
+    };
+    Task task(int64_t which) const {
+        const int64_t part = which % parts();
+        return {which / parts(), m * part / parts(), m * (part + 1) / parts()};
+    }
+    Strided<T> rows(Task of) const { return {a + of.member * left[0] + of.begin * left[1], left[1], left[2]}; }
+    Strided<T> other(Task of) const { return {b + of.member * right[0], right[1], right[2]}; }
+    T* out(Task of) const { return c + (of.member * m + of.begin) * n; }
+
+    // whether tasks wait for memory, and the next one's fits beside
+    bool far() const {
+        const int64_t rows = parts_of(m, parts()), share = (rows * k + k * n + rows * n) * int64_t(sizeof(T));
+        return share <= SOON && members * parts() * share > NEAR;
+    }
+    // a factor that all members share is there already, and so is what the task before it has read
+    Ahead before(Task next, Task now) const {
+        const int64_t rows = next.end - next.begin;
+        const int64_t times = std::max<int64_t>(1, tiles_of<T>(now.end - now.begin, n, k));
+        const bool own = next.member != now.member;
+        return {Span(this->rows(next).data, left[0] ? rows * k * sizeof(T) : 0, times),
+                Span(other(next).data, own && right[0] ? k * n * sizeof(T) : 0, times),
+                Span(out(next), rows * n * sizeof(T), times)};
+    }
+    void run() const {
+        const int64_t tasks = members * parts();
+        const bool asks = far();
+        if (k == 0) std::fill_n(c, members * m * n, T(0));
+#pragma omp parallel for schedule(static) if (tasks > 1 && double(members) * m * n * k > MANY)
+        for (int64_t which = 0; which < tasks; which++) {
+            const Task now = task(which);
+            const auto found = [&](auto... more) {
+                multiply(rows(now), other(now), out(now), n, now.end - now.begin, n, k, more...);
+            };
+            if constexpr (sizeof(T) > 2)
+                if (asks && which + 1 < tasks) {
+                    found(false, before(task(which + 1), now));
+                    continue;
+                }
+            found();
+        }
+    }
+};
 
 }  // namespace
 
@@ -28,7 +89,7 @@ extern "C" void memberwise_products(void* c, const void* a, const void* b, int b
                                     int64_t n, int64_t k, const int64_t* left, const int64_t* right) {
     const auto of = [&](auto* out) {
         using T = std::remove_pointer_t<decltype(out)>;
-        products<T>(out, static_cast<const T*>(a), static_cast<const T*>(b), members, m, n, k, left, right);
+        Products<T>{out, static_cast<const T*>(a), static_cast<const T*>(b), members, m, n, k, left, right}.run();
     };
     if (bytes == 2) of(static_cast<Half*>(c));
     else if (bytes == 4) of(static_cast<float*>(c));
