@@ -303,7 +303,9 @@ def test_each_processor_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     its plans."""
     known = folder.processor()
     if Path("/proc/cpuinfo").exists():
-        line = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Feat")))
+        line = next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Feat"))
+        )
         assert line.partition(":")[2].strip() in known
     here = folder.kept_at("a step")
     for other in (known, (*known[:-1], f"{known[-1]} avx1024")):
