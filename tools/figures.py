@@ -90,9 +90,9 @@ def main() -> None:
     """Fill both pages."""
     if (fresh := ROOT / "demo-output" / "digits.json").exists():
         shutil.copy(fresh, RESULTS / "digits.json")
-    found, table, overhead, workloads = map(read, ("digits.json", "table.json", "overhead.json", "workloads.json"))
+    found, table = map(read, ("digits.json", "table.json"))
     fill(ROOT / "README.md", {"demo": found and demo(found), "table": table and ratios(table)})
-    files = {"benchmarks": table, "workloads": workloads, "overhead": overhead}
+    files = {"benchmarks": table, **{mark: read(f"{mark}.json") for mark in ("workloads", "workloads-avx2", "overhead")}}
     whole = {mark: document and render.markdown(document) for mark, document in files.items()}
     fill(ROOT / "docs" / "benchmarks.md", whole)
 
