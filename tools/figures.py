@@ -19,6 +19,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+MARKS = ("workloads", "workloads-avx2", "overhead")
+"""Of docs/benchmarks.md, that are called as their results files are."""
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import render, summary  # noqa: E402 they lie beside this folder, not in the environment
@@ -92,7 +94,7 @@ def main() -> None:
         shutil.copy(fresh, RESULTS / "digits.json")
     found, table = map(read, ("digits.json", "table.json"))
     fill(ROOT / "README.md", {"demo": found and demo(found), "table": table and ratios(table)})
-    files = {"benchmarks": table, **{mark: read(f"{mark}.json") for mark in ("workloads", "workloads-avx2", "overhead")}}
+    files = {"benchmarks": table, **{mark: read(f"{mark}.json") for mark in MARKS}}
     whole = {mark: document and render.markdown(document) for mark, document in files.items()}
     fill(ROOT / "docs" / "benchmarks.md", whole)
 
