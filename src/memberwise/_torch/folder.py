@@ -60,7 +60,6 @@ def _machine() -> Any:
     return processor(), os.cpu_count(), cards, torch.__version__, torch.version.git_version, _code()
 
 
-@functools.cache
 def processor() -> tuple[str, ...]:
     """Which one this is, with what it can do: code is built for all of that, and a folder may be several machines'."""
     known = platform.machine(), torch.backends.cpu.get_cpu_capability()

@@ -229,6 +229,7 @@ def built(source: str) -> Any:
         return library
     from torch._inductor.codecache import CppCodeCache
 
+    # which Inductor keeps by its text, whatever processor it was built for
     library = CppCodeCache.load(f"{source}\n// {processor()}\n", "cpu")
     put(_noted(source), {"library": library._name})
     return library

@@ -9,8 +9,9 @@ constexpr int64_t NEAR = 1 << 20;  // bytes of all tasks that a core may have in
 constexpr int64_t SOON = 1 << 19;  // bytes of a task that may come into it beside another's
 
 struct Span {  // memory that is asked for, some lines at a time
-    const char* at;
-    int64_t lines, some;
+    const char* at = nullptr;
+    int64_t lines = 0, some = 0;
+    Span() = default;
     Span(const void* from, int64_t bytes, int64_t times)
         : at(static_cast<const char*>(from)), lines(bytes / LINE), some(parts_of(lines, times)) {}
     void ask() {
@@ -34,15 +35,14 @@ struct Products {
     const T *a, *b;
     int64_t members, m, n, k;
     const int64_t *left, *right;
-
-    int64_t parts() const { return std::max<int64_t>(1, parts_of(m, ROWS)); }
+    int64_t parts = std::max<int64_t>(1, parts_of(m, ROWS)), tasks = members * parts;
 
     struct Task {  // some rows of one member's product
         int64_t member, begin, end;
     };
     Task task(int64_t which) const {
-        const int64_t part = which % parts();
-        return {which / parts(), m * part / parts(), m * (part + 1) / parts()};
+        const int64_t part = which % parts;
+        return {which / parts, m * part / parts, m * (part + 1) / parts};
     }
     Strided<T> rows(Task of) const { return {a + of.member * left[0] + of.begin * left[1], left[1], left[2]}; }
     Strided<T> other(Task of) const { return {b + of.member * right[0], right[1], right[2]}; }
@@ -50,8 +50,8 @@ struct Products {
 
     // whether tasks wait for memory, and the next one's fits beside
     bool far() const {
-        const int64_t rows = parts_of(m, parts()), share = (rows * k + k * n + rows * n) * int64_t(sizeof(T));
-        return share <= SOON && members * parts() * share > NEAR;
+        const int64_t rows = parts_of(m, parts), share = (rows * k + k * n + rows * n) * int64_t(sizeof(T));
+        return share <= SOON && tasks * share > NEAR;
     }
     // a factor that all members share is there already, and so is what the task before it has read
     Ahead before(Task next, Task now) const {
@@ -63,21 +63,18 @@ struct Products {
                 Span(out(next), rows * n * sizeof(T), times)};
     }
     void run() const {
-        const int64_t tasks = members * parts();
         const bool asks = far();
         if (k == 0) std::fill_n(c, members * m * n, T(0));
 #pragma omp parallel for schedule(static) if (tasks > 1 && double(members) * m * n * k > MANY)
         for (int64_t which = 0; which < tasks; which++) {
             const Task now = task(which);
-            const auto found = [&](auto... more) {
-                multiply(rows(now), other(now), out(now), n, now.end - now.begin, n, k, more...);
-            };
-            if constexpr (sizeof(T) > 2)
-                if (asks && which + 1 < tasks) {
-                    found(false, before(task(which + 1), now));
-                    continue;
-                }
-            found();
+            const int64_t count = now.end - now.begin;
+            if constexpr (sizeof(T) == 2) {  // by pairs, which is not known to gain by it
+                multiply(rows(now), other(now), out(now), n, count, n, k);
+            } else {
+                const Ahead ahead = asks && which + 1 < tasks ? before(task(which + 1), now) : Ahead{};
+                multiply(rows(now), other(now), out(now), n, count, n, k, false, ahead);
+            }
         }
     }
 };
