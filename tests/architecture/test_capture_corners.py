@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import fx
 
-from memberwise._torch import entry, folder, identity, inductor, openmp, tensorguards
+from memberwise._torch import building, entry, folder, identity, inductor, openmp, tensorguards
 from memberwise._torch.dispatch import DispatchMode
 
 
@@ -243,7 +243,7 @@ def _vectors() -> list[str]:
     from torch._inductor import cpu_vec_isa
 
     _forget_vectors()
-    inductor.know_vectors.__wrapped__()
+    building.know_vectors.__wrapped__()
     return [str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()]
 
 

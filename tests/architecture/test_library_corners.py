@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import fx
 
-from memberwise._torch import bernoulli, pool
+from memberwise._torch import bernoulli, building, inductor, pool
 
 
 @pytest.mark.parametrize("dtype", bernoulli._ONE, ids=str)
@@ -59,6 +60,47 @@ def test_a_library_is_looked_for_where_none_may_be_built(tmp_path: Path, monkeyp
     for cached in (bernoulli._library, bernoulli._was_built):
         cached.cache_clear()
     assert bernoulli.can_draw(*given, build=False) == possible, "another process finds it"
+
+
+def test_what_is_built_ahead_is_built_once_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks: a first step on a machine waits for one library after the other; or is timed beside a compiler."""
+    free, done = threading.Event(), []
+
+    def built(source: str) -> None:
+        assert free.wait(60)
+        done.append(source)
+        if source == "broken":
+            raise RuntimeError(source)
+
+    monkeypatch.setattr(building, "built", built)
+    monkeypatch.setattr(building, "_asked", {building._HEADERS})
+    building.build_ahead(["broken", "one"])
+    building.build_ahead(["one", "two"])
+    waiting = threading.Thread(target=building.quiet)
+    waiting.start()
+    assert waiting.is_alive() and not done
+    free.set()
+    waiting.join(60)
+    assert not waiting.is_alive() and done == ["broken", "one", "two"]
+
+
+def test_headers_that_were_built_ahead_are_those_of_compiled_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks: what is built ahead is of no use, and a first program waits for headers of its own."""
+    from torch._inductor.codecache import CppWrapperCodeCache, _precompile_header
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for cached in (_precompile_header, CppWrapperCodeCache):  # as in a new process
+        cached.cache_clear()
+    building._build_headers()
+    assert _precompile_header.cache_info().misses == 1
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output((graph.call_function(torch.ops.aten.erfc.default, (x,)),))
+    run = inductor.begin_graph(fx.GraphModule({}, graph), [torch.ones(3)])(lambda: [torch.ones(3)])
+    assert torch.equal(run(torch.zeros(3))[0], torch.ones(3))
+    assert _precompile_header.cache_info()[:2] == (1, 1)
 
 
 class _Owner:

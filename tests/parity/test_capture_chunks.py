@@ -50,6 +50,23 @@ def test_each_size_trains_the_same(chunk: int, seeded: bool) -> None:
     assert captured.plans == [f"{chunk} at a time, as told"]
 
 
+def test_the_programs_of_chunks_are_begun_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """That for those left over is generated while a compiler builds the first."""
+    order: list[str] = []
+
+    def begun(graph: Any, inputs: Any, how: Any) -> Any:
+        order.append("begun")
+        return lambda trial: order.append("ended") or graph.forward
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("memberwise.capture.cache._begun", begun)
+    captured = compile(training("mlp", "adamw", members=5).step, chunk=2).captured
+    for _ in range(3):
+        captured((INPUTS["mlp"][1](),), {})
+    assert order == ["begun", "begun", "ended", "ended"]
+    assert captured.plans == ["2 at a time, as told"]
+
+
 @pytest.mark.parametrize("kind", ["cnn", "transformer", "lstm"])
 def test_each_kind_one_at_a_time(kind: str) -> None:
     x = INPUTS[kind][1]()
@@ -300,6 +317,36 @@ def test_auto_tries_several_sizes(
 
 
 @pytest.mark.chooses
+def test_what_has_a_member_axis_is_guessed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of data, nobody says so: without a member axis it does not fit, with one it does, in each further candidate."""
+    w = torch.ones(16, 3, requires_grad=True)
+    optimizer = optim.SGD([w], lr=0.1)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (w * x).square().sum(-1)
+        loss.sum().backward()
+        optimizer.step()
+        return loss.detach()
+
+    recorded: list[int] = []
+    record = chunker.Chunker._recorded
+
+    def counted(self: Any, stacked: Any, size: int, members: int) -> Any:
+        recorded.append(size)
+        return record(self, stacked, size, members)
+
+    monkeypatch.setattr(chunker.Chunker, "_recorded", counted)
+    captured = compile(step, backend="fx").captured
+    as_if_compiled(captured, monkeypatch)
+    monkeypatch.setattr(plan.Planner, "_seconds", Clock(whole=1.0, of_1=1.2, of_8=0.5, of_4=0.6))
+    for _ in range(3):
+        captured((torch.randn(16, 3),), {})
+    assert captured.programs[0].run.size == 8
+    assert recorded == [1, 1, 8, 4]
+
+
+@pytest.mark.chooses
 def test_auto_does_not_compile_what_promises_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captured = _planned(Clock(whole=1.0, of_1=2.0, of_8=1.2), monkeypatch, members=17)
     assert captured.plans == ["all at once: 8 at a time 1200.00 ms, all at once 1000.00"]
@@ -523,7 +570,7 @@ def test_state_is_not_copied_that_is_large_or_has_no_room(
         captured((x,), {})
     program = captured.programs[0]
     assert not program.can_copy(program.values)
-    planner = plan.Planner(program, program.values, None, lambda *args: None, [])  # type: ignore[arg-type] # unused
+    planner = plan.Planner(program, program.values, None, lambda *args: lambda: None, [])  # type: ignore[arg-type] # unused
     assert "too large" in planner.plan(Remembered("unused"))[1]
 
 

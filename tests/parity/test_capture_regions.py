@@ -151,7 +151,8 @@ def _plain(made: list[fx.GraphModule]) -> outline.Begin:
 
 
 def _cut(program: Program, made: list[fx.GraphModule]) -> tuple[Callable[..., Any], int]:
-    return outline.by_regions(program.graph, lambda: program.copies(program.values), _plain(made))
+    end, count = outline.by_regions(program.graph, lambda: program.copies(program.values), _plain(made))
+    return end(), count
 
 
 def assert_the_same(program: Program, run: Callable[..., Any]) -> None:
@@ -276,10 +277,10 @@ def test_chunks_of_a_cut_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the compiler is called: all at once and in chunks, each cut, train alike."""
     counts: list[int] = []
 
-    def cutting(graph: fx.GraphModule, trial: outline.Trial, _: Any) -> tuple[outline.Run, int]:
-        run, count = outline.by_regions(graph, trial, _plain([]))
+    def cutting(graph: fx.GraphModule, trial: outline.Trial, _: Any) -> tuple[Callable[[], outline.Run], int]:
+        end, count = outline.by_regions(graph, trial, _plain([]))
         counts.append(count)
-        return run, count
+        return end, count
 
     monkeypatch.setattr(cache, "by_regions", cutting)
     worlds = []

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 import torch
 
+from memberwise._torch.building import built, built_before
 from memberwise._torch.identity import stream_key
-from memberwise._torch.inductor import built, built_before
 
 _SOURCE = """
 #include <algorithm>

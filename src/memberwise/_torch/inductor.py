@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
-import functools
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
+from memberwise._torch.building import beside, know_vectors
 from memberwise._torch.entry import Entry, everywhere
-from memberwise._torch.folder import get, kept_at, processor, put
 from memberwise._torch.identity import memory_key
 from memberwise._torch.versions import version
 
@@ -176,7 +173,7 @@ def _built_aside(made: list[_Later]) -> Iterator[None]:
     from torch._inductor.codecache import CppWrapperCodeCache
 
     alone = get_compile_threads() <= 1  # its pool would call the compiler here, and wait for itself
-    submit = None if alone else AsyncCompile.submit
+    submit = None if alone else lambda task: beside(AsyncCompile.submit(task))
 
     def load(cls: Any, argtypes: Any, main_code: str, *args: Any, **kwargs: Any) -> _Later:
         later = cls.load_pybinding_async(argtypes, main_code, *args, **kwargs, submit_fn=submit)
@@ -220,45 +217,6 @@ def without_onednn() -> Iterator[None]:
         yield
     finally:
         torch._C._set_mkldnn_enabled(before)
-
-
-def built(source: str) -> Any:
-    """A library of C++ functions, to be called by `ctypes`; built once on a machine. It shares Inductor's OpenMP."""
-    library = built_before(source)
-    if library is not None:
-        return library
-    from torch._inductor.codecache import CppCodeCache
-
-    # which Inductor keeps by its text, whatever processor it was built for
-    library = CppCodeCache.load(f"{source}\n// {processor()}\n", "cpu")
-    put(_noted(source), {"library": library._name})
-    return library
-
-
-def built_before(source: str) -> Any:
-    """The same library, if it has been built on this machine; else None."""
-    return get(_noted(source), lambda known: ctypes.CDLL(known["library"]))
-
-
-def _noted(source: str) -> Path:
-    return kept_at(source).with_suffix(".json")
-
-
-@functools.cache
-def know_vectors() -> None:
-    """Let Inductor know which vector instructions its compiler can build for, if a former process has seen that it can
-    for all that the processor has: to try them takes a new process that imports torch, two seconds."""
-    from torch._inductor import config, cpp_builder, cpu_vec_isa
-
-    with contextlib.suppress(Exception):  # no compiler or folder: Inductor tries by itself
-        has = cpu_vec_isa.x86_isa_checker()
-        names = cpp_builder.get_cpp_compiler(), sorted(has)
-        path = kept_at(names)
-        with config.patch({"cpp.vec_isa_ok": True}) if path.exists() else contextlib.nullcontext():
-            found = cpu_vec_isa.valid_vec_isa_list()
-        if found and found == [isa for isa in cpu_vec_isa.supported_vec_isa_list if {*str(isa).split()} <= {*has}]:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
 
 
 def compiler_missing() -> str:

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from memberwise._torch.inductor import built
+from memberwise._torch.building import built
 
 _SOURCE = """
 #include <omp.h>

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from memberwise._torch.inductor import built
+from memberwise._torch.building import built
 
-_SOURCE = """
+SOURCE = """
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <cstdlib>
@@ -179,6 +179,6 @@ def spare() -> int:
 @functools.cache
 def _library() -> Any:
     ctypes.CDLL(str(next(Path(torch.__file__).parent.joinpath("lib").glob("libc10.*"))), mode=ctypes.RTLD_GLOBAL)
-    library = built(_SOURCE)  # which finds torch's own classes there
+    library = built(SOURCE)  # which finds torch's own classes there
     library.memberwise_pool_spare.restype = ctypes.c_longlong
     return library

@@ -38,6 +38,8 @@ _IN_ORDER = {
 """Operations whose result is the same matrices in the same order, if it has as many of the same size."""
 _LAID = {*_IN_ORDER, _TURN}
 
+_KERNEL = "attention"
+
 TRIAL = 1 << 21
 """Scores of a trial, of however many heads the recording has: what each takes is asked, not what a call does."""
 
@@ -66,10 +68,15 @@ class Attention(NamedTuple):
     gradients: Gradients | None
 
 
+def kernels_for(module: fx.GraphModule) -> set[str]:
+    """The files of ours that its operations may run by, if what is around them is attention."""
+    return {_KERNEL} if any(node.target is _SOFTMAX for node in module.graph.nodes) else set()
+
+
 def attended(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
     """A recording that computes the same, within rounding, with our attention where it is faster."""
     known = [node for node in module.graph.nodes if node.target is _SOFTMAX]
-    if not known or any(value.device.type != "cpu" for value in inputs) or not available("attention"):
+    if not known or any(value.device.type != "cpu" for value in inputs) or not available(_KERNEL):
         return module
     search = Search(operands_of(module.graph, inputs))
     found = [one for node in known if (one := search.attention(node)) and _is_faster(one, search.operands)]

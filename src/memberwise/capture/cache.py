@@ -11,14 +11,18 @@ from typing import Any
 import torch
 from torch import fx
 
+from memberwise._torch.building import build_ahead
 from memberwise._torch.entry import Entry
 from memberwise._torch.folder import kept_at
 from memberwise._torch.inductor import USUAL, How, Trial, begin_graph, compile_untried
 from memberwise.capture.attended import attended
+from memberwise.capture.attended import kernels_for as attended_by
+from memberwise.capture.ours import kernels_for as ours_by
 from memberwise.capture.ours import with_ours
 from memberwise.capture.outline import by_regions
 from memberwise.capture.regions import Uncut
 from memberwise.capture.unfused import unfused
+from memberwise.kernels.library import source
 
 ALIGNED = 16
 """Bytes that a kernel on a GPU may read at once, from an address that they divide."""
@@ -36,14 +40,33 @@ class Compiled:
         self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Trial | None, how: How = USUAL
     ) -> Callable[..., Any]:
         """The compiled `graph`. Nothing runs on `inputs`; if there is a `trial`, it has run on what that gives."""
+        return self.begin(graph, inputs, trial, how)()
+
+    def begin(
+        self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Trial | None, how: How = USUAL
+    ) -> Callable[[], Callable[..., Any]]:
+        """Begin to compile the `graph`: what is returned waits for it. Compilers work beside meanwhile."""
         key = structure(graph, inputs), how
-        if key not in self._entries:
-            plain = self.backend == "fx"
-            self._entries[key] = graph.forward if plain else _compiled(rewritten(graph, inputs), inputs, trial, how)
-        self._entries.move_to_end(key)
-        while len(self._entries) > self.size:
-            self._entries.popitem(last=False)
-        return self._entries[key]
+        if key in self._entries:
+            end = functools.partial(self._entries.__getitem__, key)
+        elif self.backend == "fx":
+            end = functools.partial(getattr, graph, "forward")
+        else:
+            end = _compiling(rewritten(graph, inputs), inputs, trial, how)
+
+        def ended() -> Callable[..., Any]:
+            self._entries[key] = run = end()
+            self._entries.move_to_end(key)
+            while len(self._entries) > self.size:
+                self._entries.popitem(last=False)
+            return run
+
+        return ended
+
+
+def build_ahead_for(graph: fx.GraphModule) -> None:
+    """Begin to build the kernels of ours that it may run by, where this machine has none yet."""
+    build_ahead([*map(source, sorted(attended_by(graph) | ours_by(graph)))])
 
 
 def rewritten(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
@@ -51,16 +74,16 @@ def rewritten(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.Graph
     return with_ours(attended(unfused(graph), inputs), inputs)
 
 
-def _compiled(
+def _compiling(
     graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Trial | None, how: How
-) -> Callable[..., Any]:
+) -> Callable[[], Callable[..., Any]]:
     """By regions, if it repeats itself; else whole."""
     if trial is None:
-        return compile_untried(graph, inputs, how)
+        return functools.partial(compile_untried, graph, inputs, how)
     begin = functools.partial(_begun, how=how)
     with contextlib.suppress(Uncut), torch.no_grad():
         return by_regions(graph, trial, begin)[0]
-    return begin(graph, inputs)(trial)
+    return functools.partial(begin(graph, inputs), trial)
 
 
 def _begun(graph: fx.GraphModule, inputs: Sequence[torch.Tensor], how: How) -> Callable[[Trial], Any]:

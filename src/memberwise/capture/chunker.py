@@ -122,14 +122,15 @@ class Chunker:
         whole: the recording.
         values: those of the call.
         record: records the step anew, for the members that the state holds.
-        compiled: makes a graph a function, given what it is called with, a trial, and how to compile it.
+        begin: begins to make a graph a function, given what it is called with, a trial, and how to compile it; what it
+            returns ends that.
         marked: arguments given with `each()`.
     """
 
     whole: Program
     values: Sequence[torch.Tensor]
     record: Callable[[], Program]
-    compiled: Callable[..., Run]
+    begin: Callable[..., Callable[[], Run]]
     marked: Sequence[Stacked]
 
     def chunks(self, size: int, lanes: int = 1, way: str = "") -> Chunks:
@@ -138,14 +139,14 @@ class Chunker:
 
     def of(self, prepared: Prepared, lanes: int) -> Chunks:
         """The same, compiled: for one thread what runs in lanes; those left over have all cores. Raises `Unfit`."""
-        runs = []
-        for part, threads in zip(prepared.parts, (int(lanes > 1), 0), strict=False):
-            how = How(threads, part.channels_last)
-            try:
-                runs.append(self.compiled(part.graph, part.inputs, part.trial, how))
-            except Exception as error:  # whatever the compiler cannot do
-                raise Unfit(f"it cannot be compiled for {prepared.size}: {error}") from error
-        return prepared.of(runs, lanes)
+        try:
+            ends = [
+                self.begin(part.graph, part.inputs, part.trial, How(threads, part.channels_last))
+                for part, threads in zip(prepared.parts, (int(lanes > 1), 0), strict=False)
+            ]
+            return prepared.of([end() for end in ends], lanes)
+        except Exception as error:  # whatever the compiler cannot do
+            raise Unfit(f"it cannot be compiled for {prepared.size}: {error}") from error
 
     def prepared(self, size: int, way: str = "") -> Prepared:
         """Chunks of `size` members, to be compiled; an operation runs in another `way` than usual. Raises `Unfit`."""
@@ -159,17 +160,23 @@ class Chunker:
         if len({slots.size() for slots in self.whole.stacks}) > 1:
             raise Unfit("the stacks have different numbers of members")
         reasons = []
-        known = (*map(Stacked, self.whole.stacked), *self.marked)
-        for stacked in guesses(known, [self.values[k] for k in self._own_inputs()], members):
+        for stacked in self._guesses:
             try:
                 with taking(**dict([way.split(" ", 1)] if way else [])):
                     parts = [self._recorded(stacked, few, members) for few in (size, members % size) if few]
                 prepared = Prepared(size, parts)
                 self._compare(prepared)
+                self._guesses = [stacked]
                 return prepared
             except Unfit as reason:
                 reasons.append(str(reason))
         raise Unfit(reasons[0])
+
+    @functools.cached_property
+    def _guesses(self) -> list[list[Stacked]]:
+        """What may have a member axis; once chunks were right, what had one in them."""
+        known = (*map(Stacked, self.whole.stacked), *self.marked)
+        return guesses(known, [self.values[k] for k in self._own_inputs()], self.whole.members)
 
     def _own_inputs(self) -> list[int]:
         """The graph's inputs that are neither drawn nor gradients."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from memberwise._torch.building import quiet
 from memberwise._torch.folder import get, kept_at, put
 from memberwise.capture.record import shapes
 from memberwise.kernels.attention import attention, attention_backward
@@ -145,6 +146,11 @@ def with_ours(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.Grap
     return fx.GraphModule(module, graph)
 
 
+def kernels_for(module: fx.GraphModule) -> set[str]:
+    """The files of ours that its operations may run by."""
+    return {OURS[node.target].kernel for node in module.graph.nodes if node.target in OURS}
+
+
 def operands_of(graph: fx.Graph, inputs: Sequence[torch.Tensor]) -> dict[fx.Node, Operand]:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     strides = {node: node.meta["kind"][1] for node in graph.nodes if "kind" in node.meta}
@@ -217,6 +223,7 @@ def _is_tensor(value: Any) -> bool:
 def _seconds(*runs: Run) -> list[float]:
     """The least time of each, taken in turns."""
     best = [float("inf")] * len(runs)
+    quiet()
     with torch.no_grad():
         for _ in range(TIMES):
             for k, run in enumerate(runs):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from memberwise._torch.building import quiet
 from memberwise._torch.inductor import Trial
 from memberwise.capture.program import copied
 from memberwise.capture.progress import told
@@ -105,11 +106,11 @@ class Call(torch.nn.Module):
         return self.run(*inputs)
 
 
-def by_regions(module: fx.GraphModule, trial: Trial, begin: Begin) -> tuple[Run, int]:
-    """The recording as calls of compiled regions, and how many there are. Raises `Uncut`.
+def by_regions(module: fx.GraphModule, trial: Trial, begin: Begin) -> tuple[Callable[[], Run], int]:
+    """Begins to compile the recording as calls of regions: what ends that, and how many there are. Raises `Uncut`.
 
     It runs twice on what `trial` gives: operation by operation, to begin all kinds of regions one after the other,
-    while compilers work on those begun; and compiled.
+    while compilers work on those begun; and, where it ends, compiled.
 
     Args:
         module: the recording.
@@ -127,9 +128,13 @@ def by_regions(module: fx.GraphModule, trial: Trial, begin: Begin) -> tuple[Run,
     kinds = Kinds(counted)
     outline = _Outline(module, found, kinds).module()
     outline.forward(*trial())
-    kinds.end()
-    outline.forward(*trial())
-    return outline.forward, len(found)
+
+    def end() -> Run:
+        kinds.end()
+        outline.forward(*trial())
+        return outline.forward
+
+    return end, len(found)
 
 
 def _chosen(module: fx.GraphModule, trial: Trial) -> list[Region]:
@@ -161,6 +166,7 @@ def _seconds(module: fx.GraphModule, trial: Callable[[], Sequence[torch.Tensor]]
     """What it takes, operation by operation, once it has run."""
     inputs = trial()
     module.forward(*inputs)
+    quiet()
     start = time.perf_counter()
     module.forward(*inputs)
     return time.perf_counter() - start

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from memberwise._torch.building import quiet
 from memberwise._torch.inductor import How
 from memberwise.capture import progress
 from memberwise.capture.chunker import Chunker, Prepared, Unfit
@@ -58,17 +59,30 @@ def sizes(members: int, seconds: float, lanes: int = 1) -> list[int]:
     """Members of a chunk, of each candidate, for a step that takes `seconds` for all.
 
     >>> sizes(100, 0.1), sizes(1000, 0.01), sizes(16, 0.0001)
-    ([1, 8], [15, 120], [])
+    ([1, 10], [20, 200], [])
     >>> sizes(100, 0.1, lanes=2), sizes(5, 0.1, lanes=2), sizes(16, 0.0001, lanes=2)
-    ([1, 8, 50], [1, 2], [])
+    ([1, 10, 50], [1, 2], [])
     """
     size, found, most = max(1, math.ceil(WORTH * members / seconds)), [], members // max(2, lanes)
     while size <= most:
-        found.append(size)
-        size *= GROWTH
+        found.append(even(members, size, lanes))
+        size = found[-1] * GROWTH
     if lanes > 1 and found and 2 * found[-1] <= most:
         found.append(most)
     return found
+
+
+def even(members: int, size: int, lanes: int = 1) -> int:
+    """So many members, or up to twice as many, of which no chunk is left over that would need a program of its own;
+    rather such that no core is idle in the last round.
+
+    >>> even(1000, 15), even(1000, 120), even(1000, 120, lanes=2), even(17, 8)
+    (20, 125, 125, 8)
+    """
+    most, least = members // size, max(2, lanes, members // (2 * size))
+    counts = [count for count in range(most, least - 1, -1) if not members % count]
+    full = [count for count in counts if not count % lanes]
+    return members // (full or counts)[0] if counts else size
 
 
 @dataclass(eq=False)
@@ -100,7 +114,7 @@ class Planner(Chunker):
         """The recording for all members, compiled."""
         graph, last = self._laid_out
         trial = self._copies if self._can_copy else None
-        return self.compiled(graph, self.values[: self.whole.count], trial, How(channels_last=last))
+        return self.begin(graph, self.values[: self.whole.count], trial, How(channels_last=last))()
 
     @functools.cached_property
     def _can_copy(self) -> bool:
@@ -130,7 +144,7 @@ class Planner(Chunker):
 
     def _promised(self) -> tuple[Run, Candidate, str]:
         """Of a long recording: what is fastest operation by operation is compiled, and nothing else."""
-        (seconds,) = self._seconds(self._plain)
+        (seconds,) = self._seconds(self._plain, rounds=1)  # perhaps beside a compiler: it need not be exact
         found, told = self._tried(seconds)
         told = f"{told}, operation by operation"
         for taken, candidate, prepared in found:
@@ -142,6 +156,7 @@ class Planner(Chunker):
     def _measured(self) -> tuple[Run, Candidate, str]:
         """What is fastest, compiled; the candidates in the order of what they promise, or of several steps by size."""
         best, choice = self.at_once(), Candidate()
+        quiet()
         (seconds,) = self._seconds(best)
         found, why = self._tried(seconds)
         told: list[str] = []
@@ -173,10 +188,14 @@ class Planner(Chunker):
         """One with half or twice as many members as the best that was not tried yet; it is then."""
         if not choice.size:
             return None
-        for size in (choice.size // 2, 2 * choice.size):
+        members, lanes = self.whole.members, choice.lanes
+        for near in (choice.size // 2, 2 * choice.size):
+            if not 1 <= near <= members // max(2, lanes):
+                continue
+            size = even(members, near, lanes)
             candidate = choice._replace(size=size)
-            if 1 <= size <= self.whole.members // max(2, choice.lanes) and (size, choice.lanes) not in tried:
-                tried.add((size, choice.lanes))
+            if (size, lanes) not in tried:
+                tried.add((size, lanes))
                 with contextlib.suppress(Unfit):
                     return candidate, self.prepared(size, choice.way)
         return None
@@ -208,6 +227,7 @@ class Planner(Chunker):
         candidates = [candidate for candidate in candidates if (candidate.size, candidate.way) in prepared]
         if not candidates:
             return [], why
+        quiet()
         own = [prepared[candidate.size, candidate.way] for candidate in candidates]
         chunks = [part.uncompiled(candidate.lanes) for part, candidate in zip(own, candidates, strict=True)]
         whole, *each = self._seconds(self._plain, *chunks, rounds=1)

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from memberwise._torch.building import build_ahead
 from memberwise._torch.dispatch import functorch_active, mode_depth
 from memberwise._torch.inductor import compiler_missing
+from memberwise._torch.pool import SOURCE as POOL
 from memberwise._torch.pool import pool_of
 from memberwise.capture.arguments import Arguments
 from memberwise.capture.assembly import Assembly, Before, Refused
-from memberwise.capture.cache import Compiled, structure
+from memberwise.capture.cache import Compiled, build_ahead_for, structure
 from memberwise.capture.chunker import Unfit
 from memberwise.capture.chunks import Run, several
 from memberwise.capture.draws import host_states
@@ -125,7 +127,8 @@ class CapturedStep(Unfollowed):
     def _compile(self, program: Program, values: list[torch.Tensor], args: Any, kwargs: Any) -> None:
         """Compile a recording, at its first use, and plan how its members run; or give it up."""
         try:
-            if self._compiled.backend == "inductor" and all(value.device.type == "cpu" for value in values):
+            if self._builds_for(values):
+                build_ahead_for(program.graph)
                 program.memory = pool_of(self)
             run = self._planned(program, values, args, kwargs)
             program.run = run if self.in_parts else graphed(run, values[: program.count])
@@ -145,12 +148,16 @@ class CapturedStep(Unfollowed):
             self.refusals.append(refusal)
             self.warn_once("MW501", f"the step runs eagerly: {refusal.sentence()}", refusal.advice())
 
+    def _builds_for(self, values: Sequence[torch.Tensor]) -> bool:
+        """Whether a C++ compiler is called for a step of such values."""
+        return self._compiled.backend == "inductor" and all(value.device.type == "cpu" for value in values)
+
     def _planned(self, program: Program, values: list[torch.Tensor], args: Any, kwargs: Any) -> Run:
         """Choose how many members run at once, and compile it so."""
         arguments = Arguments(args, kwargs)
         marked = [Stacked(*entry) for entry in arguments.marked]
-        compiled, steps = self._compiled.get, self.steps_per_call
-        planner = Planner(program, values, lambda: self._recorded(args, kwargs), compiled, marked, steps)
+        begin, steps = self._compiled.begin, self.steps_per_call
+        planner = Planner(program, values, lambda: self._recorded(args, kwargs), begin, marked, steps)
         if self.chunk == "auto" and self._compiled.backend == "inductor":
             kind = structure(program.graph, values[: program.count]), steps
             run, text = planner.plan(Remembered(kind))
@@ -174,6 +181,8 @@ class CapturedStep(Unfollowed):
             self._refuse(refused.refusal)
             return self.step(*args, **kwargs)
         self.recorded += 1
+        if self._builds_for(arguments.tensors):
+            build_ahead([POOL])  # while the step runs eagerly, on a machine where nothing is built yet
         program, out = self.watched(before, args, kwargs)
         if isinstance(program, Refusal):
             self._refuse(program)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from memberwise._torch.inductor import Shim, built, put_shim
+from memberwise._torch.building import built
+from memberwise._torch.inductor import Shim, put_shim
 
 _HERE = Path(__file__).parent
 _BEFORE = {"convolution": ("multiply.h", "schemes.h", "tiles.h"), "product": ("multiply.h", "pairs.h")}
@@ -45,7 +46,12 @@ def operation(schema: str, file: str, run: Callable[..., Any], made: Callable[..
 @functools.cache
 def library(name: str) -> Any:
     """The functions of `name.cpp`; the first call builds it, and raises what Inductor does where it cannot."""
-    return built("".join((_HERE / file).read_text() for file in (*_BEFORE.get(name, ("multiply.h",)), f"{name}.cpp")))
+    return built(source(name))
+
+
+def source(name: str) -> str:
+    """The text of `name.cpp`, and what stands before it."""
+    return "".join((_HERE / file).read_text() for file in (*_BEFORE.get(name, ("multiply.h",)), f"{name}.cpp"))
 
 
 @functools.cache

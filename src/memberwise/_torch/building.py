@@ -1,0 +1,121 @@
+"""What C++ is built by: Inductor's own builder, and when it has nothing left to do.
+
+A compiler is another process, so on a machine where nothing is built yet it works beside Python: what every captured
+step will need is begun while a step still runs eagerly. Missing is a public way to build a library of C++ for the
+processor, to know whether a former process has, and to build the headers of compiled programs before there is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any
+
+from memberwise._torch.folder import get, kept_at, processor, put
+
+_HEADERS = "headers of compiled programs"
+_asked: set[str] = set()
+_futures: list[Future[Any]] = []
+_lock = threading.Lock()
+_thread: threading.Thread | None = None
+
+
+def built(source: str) -> Any:
+    """A library of C++ functions, to be called by `ctypes`; built once on a machine. It shares Inductor's OpenMP."""
+    library = built_before(source)
+    if library is not None:
+        return library
+    from torch._inductor.codecache import CppCodeCache
+
+    know_vectors()
+    # which Inductor keeps by its text, whatever processor it was built for
+    library = CppCodeCache.load(f"{source}\n// {processor()}\n", "cpu")
+    put(_noted(source), {"library": library._name})
+    return library
+
+
+def built_before(source: str) -> Any:
+    """The same library, if it has been built on this machine; else None."""
+    return get(_noted(source), lambda known: ctypes.CDLL(known["library"]))
+
+
+def _noted(source: str) -> Path:
+    return kept_at(source).with_suffix(".json")
+
+
+def build_ahead(sources: Sequence[str]) -> None:
+    """Begin to build what of these libraries was never built on this machine, and the headers of compiled programs.
+
+    Another thread waits for the compiler. Who needs one of them meanwhile waits as well, or builds it; what fails is
+    told to who needs it. No compiler is called where all is there, and Inductor not imported.
+    """
+    global _thread
+    new = [source for source in sources if source not in _asked]
+    tasks: list[Callable[[], object]] = [functools.partial(built, one) for one in new if built_before(one) is None]
+    if _HEADERS not in _asked and not kept_at(_HEADERS).exists():
+        tasks.append(_build_headers)
+    _asked.update(new, [_HEADERS])
+    if not tasks:
+        return
+    for module in ("async_compile", "compile_fx"):  # two threads that import them would get in each other's way
+        importlib.import_module(f"torch._inductor.{module}")
+    _thread = threading.Thread(target=_run, args=(tasks, _thread), daemon=True)  # an exit does not wait for it
+    _thread.start()
+
+
+def _run(tasks: Sequence[Callable[[], object]], before: threading.Thread | None) -> None:
+    if before is not None:
+        before.join()
+    for task in tasks:
+        with contextlib.suppress(Exception):
+            task()
+
+
+def _build_headers() -> None:
+    from torch._inductor.codecache import CppWrapperCodeCache
+
+    know_vectors()
+    CppWrapperCodeCache.load_async("", "cpu")  # what it returns would build this program of no lines; it is not called
+    _touch(kept_at(_HEADERS))
+
+
+def beside(future: Future[Any]) -> Future[Any]:
+    """The same, noted: a compiler works beside Python until it is done."""
+    _futures[:] = [one for one in _futures if not one.done()] + [future]
+    return future
+
+
+def quiet() -> None:
+    """Wait until no compiler works beside Python, as what is timed must."""
+    if _thread is not None:
+        _thread.join()
+    wait(_futures)
+    _futures.clear()
+
+
+@functools.cache
+def know_vectors() -> None:
+    """Let Inductor know which vector instructions its compiler can build for, if a former process has seen that it can
+    for all that the processor has: to try them takes a new process that imports torch, two seconds."""
+    from torch._inductor import config, cpp_builder, cpu_vec_isa
+
+    with _lock, contextlib.suppress(Exception):  # no compiler or folder: Inductor tries by itself
+        has = cpu_vec_isa.x86_isa_checker()
+        names = cpp_builder.get_cpp_compiler(), sorted(has)
+        path = kept_at(names)
+        with config.patch({"cpp.vec_isa_ok": True}) if path.exists() else contextlib.nullcontext():
+            found = cpu_vec_isa.valid_vec_isa_list()
+        if found and found == [isa for isa in cpu_vec_isa.supported_vec_isa_list if {*str(isa).split()} <= {*has}]:
+            _touch(path)
+
+
+def _touch(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
