@@ -46,6 +46,11 @@ def _matrix(members: int, rows: int, columns: int, order: str, seed: int) -> tor
 @example(700, 24, 33, 21, "rows", "columns", torch.float32, 0)  # more than a cache holds: memory is asked for ahead
 @example(40, 300, 20, 64, "shared", "rows", torch.float64, 0)
 @example(300, 40, 33, 30, "apart", "shared", torch.float32, 0)
+@example(2, 256, 130, 300, "columns", "rows", torch.float32, 0)  # a left factor that is laid anew
+@example(1, 384, 257, 128, "columns", "columns", torch.float64, 0)
+@example(2, 100, 1024, 300, "rows", "rows", torch.float32, 0)  # rows that share sets of a cache
+@example(1, 130, 300, 700, "rows", "columns", torch.float64, 0)  # the next panel is asked for
+@example(1, 130, 300, 700, "apart", "apart", torch.float32, 0)
 @example(300, 0, 64, 64, "rows", "rows", torch.float32, 0)
 @example(3000, 20, 20, 0, "rows", "rows", torch.float32, 0)
 def test_products(members: int, m: int, n: int, k: int, left: str, right: str, dtype: torch.dtype, seed: int) -> None:

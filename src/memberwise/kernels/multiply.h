@@ -39,6 +39,9 @@ template <class T> using Vector = std::conditional_t<sizeof(T) == 4, V32, V64>;
 template <class T> constexpr int W = sizeof(Vector<T>) / sizeof(T);
 template <class T> constexpr int WIDE = 2 * W<T>;  // columns of a tile
 constexpr int64_t DEEP = 256;  // rows of the right factor in a panel: with WIDE columns it stays in the first cache
+constexpr int64_t LAID = 192;  // rows of a left factor that is laid anew, at most: with DEEP columns, in the second
+constexpr int64_t BYTES = 64;  // of a line of the caches
+constexpr int64_t FAR = 1 << 18, WRITTEN = 1 << 16;  // bytes of the right factor, and of the result, to be asked for
 
 template <class T>
 struct Strided {
@@ -123,10 +126,25 @@ inline void tile(Strided<T> a, const T* b, int64_t pitch, int64_t deep, T* c, in
 
 template <class T> using Tile = void (*)(Strided<T>, const T*, int64_t, int64_t, T*, int64_t, bool);
 
-template <class T, int VECTORS, int HEIGHT = TALL>
-Tile<T> tile_of(int height) {
-    if constexpr (HEIGHT == 1) return tile<T, 1, VECTORS>;
-    else return height == HEIGHT ? tile<T, HEIGHT, VECTORS> : tile_of<T, VECTORS, HEIGHT - 1>(height);
+template <class T, int HEIGHT = TALL>
+Tile<T> tile_of(int64_t height, int64_t width) {
+    if constexpr (HEIGHT > 1)
+        if (height != HEIGHT) return tile_of<T, HEIGHT - 1>(height, width);
+    return width > W<T> ? tile<T, HEIGHT, 2> : tile<T, HEIGHT, 1>;
+}
+
+// height rows of a and deep columns, column after column
+template <class T, int HEIGHT>
+void lay(Strided<T> a, int64_t deep, T* to) {
+    for (int64_t l = 0; l < deep; l++) std::memcpy(to + l * HEIGHT, a.at(0, l), HEIGHT * sizeof(T));
+}
+
+template <class T> using Lay = void (*)(Strided<T>, int64_t, T*);
+
+template <class T, int HEIGHT = TALL>
+Lay<T> lay_of(int64_t height) {
+    if constexpr (HEIGHT == 1) return lay<T, 1>;
+    else return height == HEIGHT ? lay<T, HEIGHT> : lay_of<T, HEIGHT - 1>(height);
 }
 
 inline int64_t parts_of(int64_t whole, int64_t size) { return (whole + size - 1) / size; }
@@ -136,38 +154,110 @@ int64_t tiles_of(int64_t rows, int64_t n, int64_t k) {
     return parts_of(k, DEEP) * parts_of(n, WIDE<T>) * parts_of(rows, TALL);
 }
 
+struct Heights {  // of blocks of rows, a tile each: the first `low` of `height` rows, the others of one more
+    int64_t count, height, low;
+    explicit Heights(int64_t rows) : count(parts_of(rows, TALL)), height(rows / count), low(count - rows % count) {}
+    bool tall(int64_t which) const { return which >= low; }
+    int64_t first(int64_t which) const { return which * height + std::max<int64_t>(0, which - low); }
+};
+
+inline void ask(const char* at, int64_t bytes) {
+    for (int64_t x = 0; x < bytes; x += BYTES) __builtin_prefetch(at + x, 0, 2);
+}
+
+// of one product, what is asked for while a tile is multiplied: some of the right factor's next panel, and the rows of
+// the result that the next tile writes
+template <class T>
+struct Own {
+    Strided<T> b;
+    T* c;
+    int64_t to, rows, n, k, blocks;
+    bool right = k * n * int64_t(sizeof(T)) > FAR && (b.row == 1 || b.column == 1);
+    bool out = rows * n * int64_t(sizeof(T)) > WRITTEN, asks = right || out;
+    const char* at = nullptr;
+    int64_t pieces = 0, pitch = 0, bytes = 0, times = 0;  // of the next panel: its rows, or its columns
+
+    void panel(int64_t l, int64_t j) {
+        if (j + WIDE<T> < n) j += WIDE<T>;
+        else l += DEEP, j = 0;
+        times = blocks;
+        const int64_t deep = std::min(DEEP, k - l), width = std::min<int64_t>(WIDE<T>, n - j);
+        pieces = right && deep > 0 ? b.column == 1 ? deep : width : 0;
+        bytes = (b.column == 1 ? width : deep) * sizeof(T);
+        pitch = (b.column == 1 ? b.row : b.column) * sizeof(T);
+        at = reinterpret_cast<const char*>(b.at(l, j));
+    }
+    void tile(int64_t i, int64_t j) {
+        for (int64_t left = parts_of(pieces, times); left > 0; left--, at += pitch) ask(at, bytes), pieces--;
+        times--;
+        for (int64_t r = i; out && r < std::min(i + TALL, rows); r++)
+            ask(reinterpret_cast<const char*>(c + r * to + j), std::min<int64_t>(WIDE<T>, n - j) * sizeof(T));
+    }
+};
+
+// whether a panel of it is read as it lies: its rows lie side by side, and do not share a few sets of the second cache
+template <class T>
+bool is_direct(Strided<T> b, int64_t rows) {
+    return b.column == 1 && (b.row * int64_t(sizeof(T)) % 4096 || rows < 4 * TALL);
+}
+
 struct Nothing {
     void operator()() const {}
 };
+
+// as `multiply`, below; the left factor is read as it lies, or laid anew
+template <class T, bool LAYS, class Then>
+void multiply_rows(Strided<T> a, Strided<T> b, T* c, int64_t to, int64_t rows, int64_t n, int64_t k, bool adds,
+                   Then& then) {
+    constexpr int SIZE = W<T>, ROW = WIDE<T>;
+    alignas(64) T panel[DEEP * ROW], part[TALL * ROW], laid[LAYS ? LAID * DEEP : 1];
+    const Heights blocks(rows);
+    Own<T> own{b, c, to, rows, n, k, blocks.count};
+    for (int64_t l = 0; l < k; l += DEEP) {
+        const int64_t deep = std::min(DEEP, k - l);
+        const bool more = adds || l > 0;
+        for (int64_t block = 0; LAYS && block < blocks.count; block++) {
+            const int64_t i = blocks.first(block);
+            lay_of<T>(blocks.height + blocks.tall(block))(a.from(i, l), deep, laid + i * deep);
+        }
+        for (int64_t j = 0; j < n; j += ROW) {
+            const int64_t width = std::min<int64_t>(ROW, n - j);
+            const bool whole = width == ROW || width == SIZE, direct = width == ROW && is_direct(b, rows);
+            if (!direct) pack(b.from(l, j), deep, width, panel);
+            const T* right = direct ? b.at(l, j) : panel;
+            const int64_t pitch = direct ? b.row : ROW;
+            const Tile<T> runs[2] = {tile_of<T>(blocks.height, width), tile_of<T>(blocks.height + 1, width)};
+            if (own.asks) own.panel(l, j);
+            for (int64_t block = 0; block < blocks.count; block++) {
+                const bool tall = blocks.tall(block);
+                const int64_t i = blocks.first(block), height = blocks.height + tall;
+                if (own.asks) own.tile(i + height, j);
+                const Strided<T> left = LAYS ? Strided<T>{laid + i * deep, 1, height} : a.from(i, l);
+                T *place = c + i * to + j, *at = whole ? place : part;
+                for (int64_t r = 0; !whole && more && r < height; r++) std::copy_n(place + r * to, width, at + r * ROW);
+                runs[tall](left, right, pitch, deep, at, whole ? to : ROW, more);
+                for (int64_t r = 0; !whole && r < height; r++) std::copy_n(at + r * ROW, width, place + r * to);
+                then();
+            }
+        }
+    }
+}
+
+// whether a tile's rows of the left factor come out of a line of each column, and these lines put each other out of the
+// first cache, for they share its sets; and enough is multiplied by them to lay them anew
+template <class T>
+bool pays_laying(Strided<T> a, int64_t rows, int64_t n, int64_t k) {
+    const int64_t apart = a.column * int64_t(sizeof(T));
+    return a.row == 1 && apart >= 1024 && apart % 512 == 0 && rows > TALL && rows <= LAID && n >= 128 && k >= 128;
+}
 
 // c = a b, or c += a b: rows x n numbers, whose rows are `to` apart; `then` is called after each tile
 template <class T, class Then = Nothing>
 void multiply(Strided<T> a, Strided<T> b, T* c, int64_t to, int64_t rows, int64_t n, int64_t k, bool adds = false,
               Then then = {}) {
-    constexpr int SIZE = W<T>, ROW = WIDE<T>;
-    alignas(64) T panel[DEEP * ROW], part[TALL * ROW];
-    const int64_t blocks = parts_of(rows, TALL);
-    for (int64_t l = 0; l < k; l += DEEP) {
-        const int64_t deep = std::min(DEEP, k - l);
-        const bool more = adds || l > 0;
-        for (int64_t j = 0; j < n; j += ROW) {
-            const int64_t width = std::min<int64_t>(ROW, n - j);
-            const bool whole = width == ROW || width == SIZE, direct = b.column == 1 && width == ROW;
-            if (!direct) pack(b.from(l, j), deep, width, panel);
-            const T* right = direct ? b.at(l, j) : panel;
-            const int64_t pitch = direct ? b.row : ROW;
-            for (int64_t block = 0, i = 0; block < blocks; block++) {
-                const int height = (rows - i) / (blocks - block);
-                const Tile<T> run = width > SIZE ? tile_of<T, 2>(height) : tile_of<T, 1>(height);
-                T *own = c + i * to + j, *place = whole ? own : part;
-                for (int64_t r = 0; !whole && more && r < height; r++) std::copy_n(own + r * to, width, part + r * ROW);
-                run(a.from(i, l), right, pitch, deep, place, whole ? to : ROW, more);
-                for (int64_t r = 0; !whole && r < height; r++) std::copy_n(part + r * ROW, width, own + r * to);
-                i += height;
-                then();
-            }
-        }
-    }
+    if (rows == 0) return;
+    if (pays_laying(a, rows, n, k)) multiply_rows<T, true>(a, b, c, to, rows, n, k, adds, then);
+    else multiply_rows<T, false>(a, b, c, to, rows, n, k, adds, then);
 }
 
 }  // namespace

@@ -4,7 +4,6 @@ namespace {
 
 constexpr int64_t ROWS = 192;  // of a task, at most
 constexpr double MANY = 1e5;   // multiplications from which on other cores are asked
-constexpr int64_t LINE = 64;   // bytes of a line of the cache
 constexpr int64_t NEAR = 1 << 20;  // bytes of all tasks that a core may have in its second cache, before and after
 constexpr int64_t SOON = 1 << 19;  // bytes of a task that may come into it beside another's
 
@@ -13,9 +12,9 @@ struct Span {  // memory that is asked for, some lines at a time
     int64_t lines = 0, some = 0;
     Span() = default;
     Span(const void* from, int64_t bytes, int64_t times)
-        : at(static_cast<const char*>(from)), lines(bytes / LINE), some(parts_of(lines, times)) {}
+        : at(static_cast<const char*>(from)), lines(bytes / BYTES), some(parts_of(lines, times)) {}
     void ask() {
-        for (int64_t i = 0; i < some && lines > 0; i++, lines--, at += LINE) __builtin_prefetch(at, 0, 2);
+        for (int64_t i = 0; i < some && lines > 0; i++, lines--, at += BYTES) __builtin_prefetch(at, 0, 2);
     }
 };
 

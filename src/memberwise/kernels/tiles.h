@@ -11,7 +11,7 @@ constexpr int TAPS = 9;
 constexpr int WEIGHTS = KINDS * KINDS;  // points of 3 x 3 weights
 template <class S> constexpr int PRODUCTS = S::POINTS * S::POINTS;  // points of a tile
 constexpr int64_t PANEL = WIDE<float>;
-constexpr int64_t LINE = 16;  // numbers in a line of the cache
+constexpr int64_t LINE = BYTES / sizeof(float);
 
 #if defined(__AVX512F__)
 inline V32 some(const float* p, int n) { return _mm512_maskz_loadu_ps((1u << n) - 1, p); }
