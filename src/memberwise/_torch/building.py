@@ -17,6 +17,8 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from memberwise._torch.folder import get, kept_at, processor, put
 
 _HEADERS = "headers of compiled programs"
@@ -42,7 +44,14 @@ def built(source: str) -> Any:
 
 def built_before(source: str) -> Any:
     """The same library, if it has been built on this machine; else None."""
+    _show_torch()
     return get(_noted(source), lambda known: ctypes.CDLL(known["library"]))
+
+
+@functools.cache
+def _show_torch() -> None:
+    """Let libraries find torch's own classes, where theirs derive from them."""
+    ctypes.CDLL(str(next(Path(torch.__file__).parent.joinpath("lib").glob("libc10.*"))), mode=ctypes.RTLD_GLOBAL)
 
 
 def _noted(source: str) -> Path:

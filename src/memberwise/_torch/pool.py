@@ -11,10 +11,7 @@ import contextlib
 import ctypes
 import functools
 import weakref
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from memberwise._torch.building import built
 
@@ -178,7 +175,6 @@ def spare() -> int:
 
 @functools.cache
 def _library() -> Any:
-    ctypes.CDLL(str(next(Path(torch.__file__).parent.joinpath("lib").glob("libc10.*"))), mode=ctypes.RTLD_GLOBAL)
-    library = built(SOURCE)  # which finds torch's own classes there
+    library = built(SOURCE)
     library.memberwise_pool_spare.restype = ctypes.c_longlong
     return library
