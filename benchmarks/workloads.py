@@ -3,6 +3,7 @@
 python -m benchmarks.workloads               all rows, into results/workloads.json, row by row
 python -m benchmarks.workloads --resume      the rows that are not there yet
 python -m benchmarks.workloads W3 'W7-*'     some rows, printed only
+python -m benchmarks.workloads W3 --again    the same, in place of what results/workloads.json has of them
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", help="a folder that keeps compiled code; without, all starts are cold")
     parser.add_argument("--members", type=int, help="only rows with at most so many members")
     parser.add_argument("--resume", action="store_true", help="keep the rows of the file that are measured already")
+    parser.add_argument("--again", action="store_true", help="measure these rows anew, and keep the others of the file")
     parser.add_argument("--out", type=Path, help="the results file; without ROWs or RIVALs results/workloads.json")
     options = parser.parse_args(argv)
     on_cpu = options.device == "cpu"
     options.threads = options.threads or [(os.cpu_count() or 1) if on_cpu else 1]
-    if options.out is None and not options.rows and options.rivals == ["*"] and options.members is None:
+    whole = not options.rows and options.rivals == ["*"] and options.members is None
+    if options.out is None and (whole or options.again):
         options.out = run.RESULTS / ("workloads.json" if on_cpu else f"workloads-{options.device}.json")
     return options
 
@@ -98,7 +101,7 @@ def document_of(options: argparse.Namespace, rows: list[dict[str, Any]], before:
 
 def before_it(options: argparse.Namespace) -> dict[tuple[str, int], dict[str, Any]]:
     """The rows of a results file that is to be gone on with; it must be of this machine and these settings."""
-    if not options.resume:
+    if not options.resume and not options.again:
         return {}
     if options.out is None:
         raise SystemExit("--resume goes on with a results file: name it with --out, or leave ROW and --rivals out")
@@ -157,10 +160,12 @@ def main(argv: list[str] | None = None, measure: run.Measure = worker.measure) -
         task = progress.add_task("rows", total=len(requests))
         for request in requests:
             progress.update(task, description=f"{request.name}, {request.threads} threads")
-            if (request.name, request.threads) not in held:
+            key = request.name, request.threads
+            if key not in held or options.again:
                 try:
-                    held[request.name, request.threads] = measured(request, measure)
+                    held[key] = measured(request, measure)
                 except row.Red as error:
+                    held.pop(key, None)
                     red.append(str(error))
                     console.print(f"[red]{error}[/]", highlight=False, soft_wrap=True)
                 if options.out is not None and held:

@@ -375,6 +375,10 @@ def test_rows_are_written_one_by_one_and_gone_on_with(
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="differs in settings"):
         workloads.main([*argv, "--resume", "--budget", "1"], measure)
+    workloads.main(["W3-100", *argv[1:], "--again"], measure)
+    assert asked[3:] == ["W3-100"]
+    again = json.loads(out.read_text())["rows"]
+    assert [each["row"] for each in again] == ["W3-100", "W3-1000"] and again[1] == document["rows"][1]
 
 
 def test_the_schema_finds_figures_that_do_not_follow(sound: dict[str, Any]) -> None:
