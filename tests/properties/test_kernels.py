@@ -61,6 +61,16 @@ def test_products(members: int, m: int, n: int, k: int, left: str, right: str, d
     assert torch.equal(product(a[0], b[0]), found[0])
 
 
+@pytest.mark.parametrize("members, m", [(1, 15), (1, 16), (1, 500), (3, 20), (40, 64)])
+def test_products_by_several_threads(members: int, m: int, two_threads: None) -> None:
+    """Each row is summed alike, whichever core has it."""
+    a, b = _matrix(members, m, 300, "rows", 0), _matrix(members, 300, 64, "columns", 1)
+    found = product(a, b)
+    torch.set_num_threads(1)
+    assert torch.equal(product(a, b), found)
+    assert_equal(found / 300**0.5, torch.bmm(a.double(), b.double()).float() / 300**0.5)
+
+
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 300), DTYPES, st.integers(0, 99))
 def test_a_value_that_is_not_finite_stays_in_its_row_and_column(
     m: int, n: int, k: int, dtype: torch.dtype, seed: int

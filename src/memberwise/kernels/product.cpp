@@ -1,8 +1,10 @@
 // Products of matrices, one for each member.
 
+#include <omp.h>
+
 namespace {
 
-constexpr int64_t ROWS = 192;  // of a task, at most
+constexpr int64_t ROWS = 192, FEW = 8;  // of a task, at most; and at least, where rows are cut for cores to be even
 constexpr double MANY = 1e5;   // multiplications from which on other cores are asked
 constexpr int64_t NEAR = 1 << 20;  // bytes of all tasks that a core may have in its second cache, before and after
 constexpr int64_t SOON = 1 << 19;  // bytes of a task that may come into it beside another's
@@ -34,7 +36,13 @@ struct Products {
     const T *a, *b;
     int64_t members, m, n, k;
     const int64_t *left, *right;
-    int64_t parts = std::max<int64_t>(1, parts_of(m, ROWS)), tasks = members * parts;
+    int64_t parts = even(std::max<int64_t>(1, parts_of(m, ROWS))), tasks = members * parts;
+
+    // of a single member, so that no core has a part more than another: of several it took as long, or longer
+    int64_t even(int64_t parts) const {
+        const int64_t cores = omp_get_max_threads();
+        return members == 1 && parts % cores && m >= FEW * parts * cores ? parts * cores : parts;
+    }
 
     struct Task {  // some rows of one member's product
         int64_t member, begin, end;
