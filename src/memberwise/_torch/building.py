@@ -51,7 +51,8 @@ def built_before(source: str) -> Any:
 @functools.cache
 def _show_torch() -> None:
     """Let libraries find torch's own classes, where theirs derive from them."""
-    ctypes.CDLL(str(next(Path(torch.__file__).parent.joinpath("lib").glob("libc10.*"))), mode=ctypes.RTLD_GLOBAL)
+    for library in Path(torch.__file__).parent.joinpath("lib").glob("libc10.*"):  # on Windows it needs no showing
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def _noted(source: str) -> Path:
@@ -72,10 +73,11 @@ def build_ahead(sources: Sequence[str]) -> None:
     _asked.update(new, [_HEADERS])
     if not tasks:
         return
-    for module in ("async_compile", "compile_fx"):  # two threads that import them would get in each other's way
-        importlib.import_module(f"torch._inductor.{module}")
-    _thread = threading.Thread(target=_run, args=(tasks, _thread), daemon=True)  # an exit does not wait for it
-    _thread.start()
+    with contextlib.suppress(Exception):
+        for module in ("async_compile", "compile_fx"):  # two threads that import them would get in each other's way
+            importlib.import_module(f"torch._inductor.{module}")
+        _thread = threading.Thread(target=_run, args=(tasks, _thread), daemon=True)  # an exit does not wait for it
+        _thread.start()
 
 
 def _run(tasks: Sequence[Callable[[], object]], before: threading.Thread | None) -> None:
