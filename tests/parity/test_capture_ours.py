@@ -263,7 +263,7 @@ def _convolved(stride: int) -> tuple[fx.GraphModule, Callable[[], list[torch.Ten
 def test_a_compiled_convolution_that_is_not_finite_is_torchs(stride: int) -> None:
     """By the function in C as by Python."""
     module, trial = _convolved(stride)
-    run = Compiled(1, "inductor").get(module, trial(), trial)
+    run = Compiled(1, "inductor").begin(module, trial(), trial)()
     assert isinstance(run, Entry)
     for value in (1.0, torch.nan, torch.inf):
         x, w = trial()
@@ -295,7 +295,7 @@ from tests.parity.test_capture_ours import _multiplied
 from memberwise._torch.entry import Entry
 from memberwise.capture.cache import Compiled
 module, trial = _multiplied()
-run = Compiled(1, "inductor").get(module, trial(), trial)
+run = Compiled(1, "inductor").begin(module, trial(), trial)()
 x, y = trial()
 found, = run(x, y)
 assert isinstance(run, Entry), run

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from memberwise._torch.entry import everywhere
 from memberwise._torch.folder import get, kept_at, processor, put
 
 _HEADERS = "headers of compiled programs"
@@ -52,7 +53,7 @@ def built_before(source: str) -> Any:
 def _show_torch() -> None:
     """Let libraries find torch's own classes, where theirs derive from them."""
     for library in Path(torch.__file__).parent.joinpath("lib").glob("libc10.*"):  # on Windows it needs no showing
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        everywhere(str(library))
 
 
 def _noted(source: str) -> Path:
@@ -93,7 +94,7 @@ def _build_headers() -> None:
 
     know_vectors()
     CppWrapperCodeCache.load_async("", "cpu")  # what it returns would build this program of no lines; it is not called
-    _touch(kept_at(_HEADERS))
+    put(kept_at(_HEADERS), True)
 
 
 def beside(future: Future[Any]) -> Future[Any]:
@@ -123,10 +124,4 @@ def know_vectors() -> None:
         with config.patch({"cpp.vec_isa_ok": True}) if path.exists() else contextlib.nullcontext():
             found = cpu_vec_isa.valid_vec_isa_list()
         if found and found == [isa for isa in cpu_vec_isa.supported_vec_isa_list if {*str(isa).split()} <= {*has}]:
-            _touch(path)
-
-
-def _touch(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+            put(path, True)

@@ -23,7 +23,7 @@ from memberwise.kernels.library import available
 from memberwise.kernels.product import product
 
 _aten = torch.ops.aten
-_SOFTMAX, _ITS_GRADIENT = _aten._safe_softmax.default, _aten._softmax_backward_data.default
+SOFTMAX, _ITS_GRADIENT = _aten._safe_softmax.default, _aten._softmax_backward_data.default
 _BMM, _TIMES, _PLUS, _TURN = _aten.bmm.default, _aten.mul.Tensor, _aten.add.Tensor, _aten.transpose.int
 _IN_ORDER = {
     _aten.reshape.default,
@@ -37,8 +37,6 @@ _IN_ORDER = {
 }
 """Operations whose result is the same matrices in the same order, if it has as many of the same size."""
 _LAID = {*_IN_ORDER, _TURN}
-
-_KERNEL = "attention"
 
 TRIAL = 1 << 21
 """Scores of a trial, of however many heads the recording has: what each takes is asked, not what a call does."""
@@ -68,15 +66,10 @@ class Attention(NamedTuple):
     gradients: Gradients | None
 
 
-def kernels_for(module: fx.GraphModule) -> set[str]:
-    """The files of ours that its operations may run by, if what is around them is attention."""
-    return {_KERNEL} if any(node.target is _SOFTMAX for node in module.graph.nodes) else set()
-
-
 def attended(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
     """A recording that computes the same, within rounding, with our attention where it is faster."""
-    known = [node for node in module.graph.nodes if node.target is _SOFTMAX]
-    if not known or any(value.device.type != "cpu" for value in inputs) or not available(_KERNEL):
+    known = [node for node in module.graph.nodes if node.target is SOFTMAX]
+    if not known or any(value.device.type != "cpu" for value in inputs) or not available("attention"):
         return module
     search = Search(operands_of(module.graph, inputs))
     found = [one for node in known if (one := search.attention(node)) and _is_faster(one, search.operands)]
@@ -290,7 +283,7 @@ def _apart(is_causal: bool, q: Any, k: Any, v: Any, mask: Any, *grads: Any) -> N
     scores = product(q, k)
     if is_causal:
         scores += torch.full(scores.shape[1:], -math.inf).triu(1)
-    weights = _SOFTMAX(scores, -1)
+    weights = SOFTMAX(scores, -1)
     kept = weights * mask
     product(kept, v)
     for grad in grads:

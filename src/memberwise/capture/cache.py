@@ -15,14 +15,15 @@ from memberwise._torch.building import build_ahead
 from memberwise._torch.entry import Entry
 from memberwise._torch.folder import kept_at
 from memberwise._torch.inductor import USUAL, How, Trial, begin_graph, compile_untried
-from memberwise.capture.attended import attended
-from memberwise.capture.attended import kernels_for as attended_by
-from memberwise.capture.ours import kernels_for as ours_by
-from memberwise.capture.ours import with_ours
+from memberwise.capture.attended import SOFTMAX, attended
+from memberwise.capture.ours import OURS, with_ours
 from memberwise.capture.outline import by_regions
 from memberwise.capture.regions import Uncut
 from memberwise.capture.unfused import unfused
 from memberwise.kernels.library import source
+
+KERNELS = {SOFTMAX: "attention", **{operation: own.kernel for operation, own in OURS.items()}}
+"""torch's operation -> the kernel that a recording with it may run by."""
 
 ALIGNED = 16
 """Bytes that a kernel on a GPU may read at once, from an address that they divide."""
@@ -36,26 +37,17 @@ class Compiled:
         self.backend = backend
         self._entries: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 
-    def get(
-        self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Trial | None, how: How = USUAL
-    ) -> Callable[..., Any]:
-        """The compiled `graph`. Nothing runs on `inputs`; if there is a `trial`, it has run on what that gives."""
-        return self.begin(graph, inputs, trial, how)()
-
     def begin(
         self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], trial: Trial | None, how: How = USUAL
     ) -> Callable[[], Callable[..., Any]]:
-        """Begin to compile the `graph`: what is returned waits for it. Compilers work beside meanwhile."""
+        """Begin to compile the `graph`: what is returned waits for it, and compilers work beside meanwhile. Nothing
+        runs on `inputs`; if there is a `trial`, the compiled graph has run on what that gives."""
         key = structure(graph, inputs), how
-        if key in self._entries:
-            end = functools.partial(self._entries.__getitem__, key)
-        elif self.backend == "fx":
-            end = functools.partial(getattr, graph, "forward")
-        else:
-            end = _compiling(rewritten(graph, inputs), inputs, trial, how)
+        known = self._entries.get(key) or (graph.forward if self.backend == "fx" else None)
+        end = None if known else _compiling(rewritten(graph, inputs), inputs, trial, how)
 
         def ended() -> Callable[..., Any]:
-            self._entries[key] = run = end()
+            self._entries[key] = run = end() if end else known
             self._entries.move_to_end(key)
             while len(self._entries) > self.size:
                 self._entries.popitem(last=False)
@@ -66,7 +58,7 @@ class Compiled:
 
 def build_ahead_for(graph: fx.GraphModule) -> None:
     """Begin to build the kernels of ours that it may run by, where this machine has none yet."""
-    build_ahead([*map(source, sorted(attended_by(graph) | ours_by(graph)))])
+    build_ahead([*map(source, sorted({KERNELS[node.target] for node in graph.graph.nodes if node.target in KERNELS}))])
 
 
 def rewritten(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from memberwise._torch.building import quiet
 from memberwise._torch.folder import get, kept_at, put
 from memberwise.capture.aliases import Aliases, tensor_at
 from memberwise.capture.cache import structure
@@ -181,6 +182,7 @@ def _seconds(function: Any, args: Any, order: torch.memory_format) -> float:
 
     given = [made(one) if isinstance(one, _Image) else one for one in args]
     best = float("inf")
+    quiet()
     for _ in range(TIMES):
         start = time.perf_counter()
         function(*given)

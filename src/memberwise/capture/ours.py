@@ -146,11 +146,6 @@ def with_ours(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.Grap
     return fx.GraphModule(module, graph)
 
 
-def kernels_for(module: fx.GraphModule) -> set[str]:
-    """The files of ours that its operations may run by."""
-    return {OURS[node.target].kernel for node in module.graph.nodes if node.target in OURS}
-
-
 def operands_of(graph: fx.Graph, inputs: Sequence[torch.Tensor]) -> dict[fx.Node, Operand]:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     strides = {node: node.meta["kind"][1] for node in graph.nodes if "kind" in node.meta}

@@ -144,7 +144,7 @@ class Planner(Chunker):
 
     def _promised(self) -> tuple[Run, Candidate, str]:
         """Of a long recording: what is fastest operation by operation is compiled, and nothing else."""
-        (seconds,) = self._seconds(self._plain, rounds=1)  # perhaps beside a compiler: it need not be exact
+        (seconds,) = self._seconds(self._plain, rounds=1, alone=False)  # it need not be exact
         found, told = self._tried(seconds)
         told = f"{told}, operation by operation"
         for taken, candidate, prepared in found:
@@ -156,7 +156,6 @@ class Planner(Chunker):
     def _measured(self) -> tuple[Run, Candidate, str]:
         """What is fastest, compiled; the candidates in the order of what they promise, or of several steps by size."""
         best, choice = self.at_once(), Candidate()
-        quiet()
         (seconds,) = self._seconds(best)
         found, why = self._tried(seconds)
         told: list[str] = []
@@ -227,7 +226,6 @@ class Planner(Chunker):
         candidates = [candidate for candidate in candidates if (candidate.size, candidate.way) in prepared]
         if not candidates:
             return [], why
-        quiet()
         own = [prepared[candidate.size, candidate.way] for candidate in candidates]
         chunks = [part.uncompiled(candidate.lanes) for part, candidate in zip(own, candidates, strict=True)]
         whole, *each = self._seconds(self._plain, *chunks, rounds=1)
@@ -247,8 +245,11 @@ class Planner(Chunker):
     def _on_gpu(self) -> bool:
         return any(value.device.type == "cuda" for value in self.values)
 
-    def _seconds(self, *runs: Run, rounds: int = 2) -> list[float]:
-        """The least time of each run, on copies, taken in turns: a busy machine slows all of them."""
+    def _seconds(self, *runs: Run, rounds: int = 2, alone: bool = True) -> list[float]:
+        """The least time of each run, on copies, taken in turns: a busy machine slows all of them. What need not be
+        `alone` may run beside a compiler."""
+        if alone:
+            quiet()
         inputs, fleeting = self._scratch(), self.whole.fleeting
         finish = torch.cuda.synchronize if self._on_gpu else _nothing
         clocks = [Clock(graphed(run, inputs), [inputs] * self.steps, fleeting, finish) for run in runs]

@@ -126,25 +126,29 @@ inline void tile(Strided<T> a, const T* b, int64_t pitch, int64_t deep, T* c, in
 
 template <class T> using Tile = void (*)(Strided<T>, const T*, int64_t, int64_t, T*, int64_t, bool);
 
-template <class T, int HEIGHT = TALL>
-Tile<T> tile_of(int64_t height, int64_t width) {
+// what `of` makes of a height that is known while compiling
+template <int HEIGHT = TALL, class Of>
+auto by_height(int64_t height, Of of) {
     if constexpr (HEIGHT > 1)
-        if (height != HEIGHT) return tile_of<T, HEIGHT - 1>(height, width);
-    return width > W<T> ? tile<T, HEIGHT, 2> : tile<T, HEIGHT, 1>;
+        if (height != HEIGHT) return by_height<HEIGHT - 1>(height, of);
+    return of(std::integral_constant<int, HEIGHT>());
+}
+
+template <class T>
+Tile<T> tile_of(int64_t height, int64_t width) {
+    return by_height(height, [&](auto known) -> Tile<T> {
+        constexpr int HEIGHT = decltype(known)::value;
+        return width > W<T> ? tile<T, HEIGHT, 2> : tile<T, HEIGHT, 1>;
+    });
 }
 
 // height rows of a and deep columns, column after column
-template <class T, int HEIGHT>
-void lay(Strided<T> a, int64_t deep, T* to) {
-    for (int64_t l = 0; l < deep; l++) std::memcpy(to + l * HEIGHT, a.at(0, l), HEIGHT * sizeof(T));
-}
-
-template <class T> using Lay = void (*)(Strided<T>, int64_t, T*);
-
-template <class T, int HEIGHT = TALL>
-Lay<T> lay_of(int64_t height) {
-    if constexpr (HEIGHT == 1) return lay<T, 1>;
-    else return height == HEIGHT ? lay<T, HEIGHT> : lay_of<T, HEIGHT - 1>(height);
+template <class T>
+void lay(Strided<T> a, int64_t height, int64_t deep, T* to) {
+    by_height(height, [&](auto known) {
+        constexpr int HEIGHT = decltype(known)::value;
+        for (int64_t l = 0; l < deep; l++) std::memcpy(to + l * HEIGHT, a.at(0, l), HEIGHT * sizeof(T));
+    });
 }
 
 inline int64_t parts_of(int64_t whole, int64_t size) { return (whole + size - 1) / size; }
@@ -218,7 +222,7 @@ void multiply_rows(Strided<T> a, Strided<T> b, T* c, int64_t to, int64_t rows, i
         const bool more = adds || l > 0;
         for (int64_t block = 0; LAYS && block < blocks.count; block++) {
             const int64_t i = blocks.first(block);
-            lay_of<T>(blocks.height + blocks.tall(block))(a.from(i, l), deep, laid + i * deep);
+            lay(a.from(i, l), blocks.height + blocks.tall(block), deep, laid + i * deep);
         }
         for (int64_t j = 0; j < n; j += ROW) {
             const int64_t width = std::min<int64_t>(ROW, n - j);

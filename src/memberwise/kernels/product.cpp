@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr int64_t ROWS = 192, FEW = 8;  // of a task, at most; and at least, where rows are cut for cores to be even
+constexpr int64_t ROWS = LAID, FEW = 8;  // of a task, at most; and at least, where rows are cut for cores to be even
 constexpr double MANY = 1e5;   // multiplications from which on other cores are asked
 constexpr int64_t NEAR = 1 << 20;  // bytes of all tasks that a core may have in its second cache, before and after
 constexpr int64_t SOON = 1 << 19;  // bytes of a task that may come into it beside another's
