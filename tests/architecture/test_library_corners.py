@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 from pathlib import Path
 
@@ -98,9 +99,15 @@ def test_headers_that_were_built_ahead_are_those_of_compiled_programs(
     graph = fx.Graph()
     x = graph.placeholder("x")
     graph.output((graph.call_function(torch.ops.aten.erfc.default, (x,)),))
+    codes: list[str] = []
+    later = inductor._Later
+    monkeypatch.setattr(inductor, "_Later", lambda found, code: codes.append(code) or later(found, code))
     run = inductor.begin_graph(fx.GraphModule({}, graph), [torch.ones(3)])(lambda: [torch.ones(3)])
     assert torch.equal(run(torch.zeros(3))[0], torch.ones(3))
     assert _precompile_header.cache_info()[:2] == (1, 1)
+    included = re.findall(r"#include <(torch/csrc/inductor/cpp\S+)>", codes[0])
+    assert len(included) == 2, "the wrapper's and the kernels'"
+    assert ">\n#include <".join(included) == building._headers(CppWrapperCodeCache, "cpu")
 
 
 class _Owner:

@@ -375,6 +375,14 @@ def test_what_takes_long_to_compile_must_be_faster_uncompiled(
 
 
 @pytest.mark.chooses
+def test_what_takes_long_to_compile_leaves_no_members_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would need a program of their own, which takes as long again."""
+    monkeypatch.setattr(plan, "LONG", 10)
+    captured = _planned(Clock(whole=1.0, of_1=0.9, of_8=0.1), monkeypatch, members=17)
+    assert captured.plans == ["one at a time: one at a time 90% of its time, operation by operation"]
+
+
+@pytest.mark.chooses
 def test_auto_does_not_try_what_cannot_pay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(whole=plan.WORTH * 1.9)
     captured = _planned(clock, monkeypatch)

@@ -2,7 +2,8 @@
 
 A compiler is another process, so on a machine where nothing is built yet it works beside Python: what every captured
 step will need is begun while a step still runs eagerly. Missing is a public way to build a library of C++ for the
-processor, to know whether a former process has, and to build the headers of compiled programs before there is one.
+processor, to know whether a former process has, to build the headers of compiled programs before there is one, and
+to say which headers these are.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import ctypes
 import functools
 import importlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ _HEADERS = "headers of compiled programs"
 _asked: set[str] = set()
 _futures: list[Future[Any]] = []
 _lock = threading.Lock()
+_patching = threading.Lock()
 _thread: threading.Thread | None = None
 
 
@@ -93,8 +95,35 @@ def _build_headers() -> None:
     from torch._inductor.codecache import CppWrapperCodeCache
 
     know_vectors()
-    CppWrapperCodeCache.load_async("", "cpu")  # what it returns would build this program of no lines; it is not called
+    with programs():
+        CppWrapperCodeCache.load_async("", "cpu")  # what this returns would build a program of no lines; not called
     put(kept_at(_HEADERS), True)
+
+
+@contextlib.contextmanager
+def programs(**methods: Callable[..., Any]) -> Iterator[None]:
+    """Here, Inductor's class of programs in C++ has these methods; and one that has all headers of a program compiled
+    beforehand: those of kernels, which Inductor leaves out, are a third of the time to compile most programs."""
+    from torch._inductor.codecache import CppWrapperCodeCache
+
+    methods["_get_uncompiled_header"] = _headers
+    with _patching:
+        before = {name: vars(CppWrapperCodeCache).get(name) for name in methods}  # most are inherited
+        try:
+            for name, method in methods.items():
+                setattr(CppWrapperCodeCache, name, classmethod(method))
+            yield
+        finally:
+            for name, own in before.items():
+                delattr(CppWrapperCodeCache, name) if own is None else setattr(CppWrapperCodeCache, name, own)
+
+
+def _headers(cls: Any, device: str) -> str:
+    """What stands between `#include <` and `>`: two of them, in the order in which a program includes them."""
+    from torch._inductor.codecache import _get_cpp_prefix_header, _get_cpp_wrapper_header
+
+    found = _get_cpp_wrapper_header(device), _get_cpp_prefix_header(device)
+    return ">\n#include <".join(filter(None, found))
 
 
 def beside(future: Future[Any]) -> Future[Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from memberwise._torch.building import beside, know_vectors
+from memberwise._torch.building import beside, know_vectors, programs
 from memberwise._torch.entry import Entry, everywhere
 from memberwise._torch.identity import memory_key
 from memberwise._torch.versions import version
@@ -170,7 +169,6 @@ def _built_aside(made: list[_Later]) -> Iterator[None]:
     Inductor does so with kernels; for a wrapper it waits itself, for two seconds each. All are noted in `made`.
     """
     from torch._inductor.async_compile import AsyncCompile, get_compile_threads
-    from torch._inductor.codecache import CppWrapperCodeCache
 
     alone = get_compile_threads() <= 1  # its pool would call the compiler here, and wait for itself
     submit = None if alone else lambda task: beside(AsyncCompile.submit(task))
@@ -180,18 +178,8 @@ def _built_aside(made: list[_Later]) -> Iterator[None]:
         made.append(_Later(later, main_code))
         return made[-1]
 
-    with _lock:
-        own = vars(CppWrapperCodeCache).get("load_pybinding")  # torch 2.13 inherits it
-        CppWrapperCodeCache.load_pybinding = classmethod(load)  # type: ignore[assignment] # taken off below
-        try:
-            yield
-        finally:
-            del CppWrapperCodeCache.load_pybinding
-            if own is not None:
-                CppWrapperCodeCache.load_pybinding = own
-
-
-_lock = threading.Lock()
+    with programs(load_pybinding=load):
+        yield
 
 
 def _without_values(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -92,7 +92,7 @@ class Passage(NamedTuple):
         chunks: how they run.
         made: what each step returns; it is there when all of them have run.
         cut: for each step, what the program is called with.
-        count: how many chunks there are.
+        count: how many chunks there are, with that of members left over.
     """
 
     chunks: Chunks
@@ -100,10 +100,23 @@ class Passage(NamedTuple):
     cut: list[list[Pieces]]
     count: int
 
+    @property
+    def full(self) -> int:
+        """How many chunks are not of members left over."""
+        return self.count - (self.chunks.rest is not None)
+
+    @property
+    def left(self) -> float:
+        """How many members are left over, as a part of a chunk's."""
+        if self.full == self.count:
+            return 0.0
+        pieces = next(one for one in self.cut[0] if not isinstance(one, torch.Tensor))
+        return pieces[-1].numel() / max(1, pieces[0].numel())
+
     def run(self, begin: int, end: int) -> None:
         """Take these chunks through all steps: full rounds of them in lanes, then the others one by one."""
         lanes = self.chunks.lanes
-        full = end - begin - (self.chunks.rest is not None and end == self.count)
+        full = min(end, self.full) - begin
         full -= full % lanes
         if lanes > 1 and full:
             in_lanes(lanes, lambda k: self._through(begin + k), full)
@@ -113,7 +126,7 @@ class Passage(NamedTuple):
 
     def _through(self, chunk: int) -> None:
         rest = self.chunks.rest
-        run = rest if rest is not None and chunk == self.count - 1 else self.chunks.run
+        run = rest if rest is not None and chunk == self.full else self.chunks.run
         for pieces in self.cut:
             run(*[one if isinstance(one, torch.Tensor) else one[chunk] for one in pieces])
 

@@ -55,14 +55,14 @@ class Clock:
         """How many chunks take long enough; 0 if that is more than half of them."""
         passage = run.passage(self._steps, self._fleeting)
         size = run.lanes * math.ceil(PIECE / self._taken(lambda: passage.run(0, run.lanes)))
-        return size if 2 * size <= passage.count else 0
+        return size if 2 * size <= passage.full else 0
 
     def _of_some(self, run: Chunks, size: int) -> float:
-        """Of a call, by the next so many chunks."""
+        """Of a call, by the next so many chunks; members left over, which all cores share, take as long for each."""
         passage = run.passage(self._steps, self._fleeting)
         begin = self._begin + size
-        self._begin = begin = begin if begin + size <= passage.count else 0
-        rounds = math.ceil(passage.count / run.lanes)
+        self._begin = begin = begin if begin + size <= passage.full else 0
+        rounds = math.ceil(passage.full / run.lanes) + passage.left / run.lanes
         return rounds * run.lanes / size * self._taken(lambda: passage.run(begin, begin + size))
 
     def _taken(self, run: Callable[[], object]) -> float:

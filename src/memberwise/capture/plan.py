@@ -104,8 +104,7 @@ class Planner(Chunker):
         known = remembered.get()
         if known is not None:
             return self._as_known(known)
-        long = len(self.whole.graph.graph.nodes) > LONG
-        run, choice, why = self._promised() if long else self._measured()
+        run, choice, why = self._promised() if self._is_long else self._measured()
         plan = Plan(choice, f"{choice}: {why}")
         remembered.put(plan)
         return run, plan.text
@@ -115,6 +114,10 @@ class Planner(Chunker):
         graph, last = self._laid_out
         trial = self._copies if self._can_copy else None
         return self.begin(graph, self.values[: self.whole.count], trial, How(channels_last=last))()
+
+    @property
+    def _is_long(self) -> bool:
+        return len(self.whole.graph.graph.nodes) > LONG
 
     @functools.cached_property
     def _can_copy(self) -> bool:
@@ -238,6 +241,8 @@ class Planner(Chunker):
         found = [Candidate(size) for size in sizes(members, seconds)]
         if cores > 1:
             found += [Candidate(size, cores) for size in sizes(members, seconds * cores, cores)]
+        if self._is_long:  # members left over need a program of their own, which takes as long to compile
+            found = [candidate for candidate in found if not members % candidate.size]
         ways = [f"{operation} {way}" for operation, others in self.whole.choices.items() for way in others]
         return found + [candidate._replace(way=way) for way in ways for candidate in found]
 
