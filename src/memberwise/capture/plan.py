@@ -147,8 +147,7 @@ class Planner(Chunker):
 
     def _promised(self) -> tuple[Run, Candidate, str]:
         """Of a long recording: what is fastest operation by operation is compiled, and nothing else."""
-        (seconds,) = self._seconds(self._plain, rounds=1, alone=False)  # it need not be exact
-        found, told = self._tried(seconds)
+        found, told = self._tried(math.inf)  # so many operations take longer than `WORTH` for one member, too
         told = f"{told}, operation by operation"
         for taken, candidate, prepared in found:
             if taken < GAIN:
@@ -250,11 +249,9 @@ class Planner(Chunker):
     def _on_gpu(self) -> bool:
         return any(value.device.type == "cuda" for value in self.values)
 
-    def _seconds(self, *runs: Run, rounds: int = 2, alone: bool = True) -> list[float]:
-        """The least time of each run, on copies, taken in turns: a busy machine slows all of them. What need not be
-        `alone` may run beside a compiler."""
-        if alone:
-            quiet()
+    def _seconds(self, *runs: Run, rounds: int = 2) -> list[float]:
+        """The least time of each run, on copies, taken in turns: a busy machine slows all of them."""
+        quiet()
         inputs, fleeting = self._scratch(), self.whole.fleeting
         finish = torch.cuda.synchronize if self._on_gpu else _nothing
         clocks = [Clock(graphed(run, inputs), [inputs] * self.steps, fleeting, finish) for run in runs]
