@@ -54,6 +54,9 @@ GAIN = 0.95
 """Of a long recording: the part of the time of all at once that a candidate must take, both run operation by operation,
 to be compiled instead. What chunks gain in caches or by other kernels shows there, too."""
 
+AGAIN = 1.2
+"""What the time of chunks counts where members are left over, for their program takes as long to compile again."""
+
 
 def sizes(members: int, seconds: float, lanes: int = 1) -> list[int]:
     """Members of a chunk, of each candidate, for a step that takes `seconds` for all.
@@ -104,7 +107,8 @@ class Planner(Chunker):
         known = remembered.get()
         if known is not None:
             return self._as_known(known)
-        run, choice, why = self._promised() if self._is_long else self._measured()
+        long = len(self.whole.graph.graph.nodes) > LONG
+        run, choice, why = self._promised() if long else self._measured()
         plan = Plan(choice, f"{choice}: {why}")
         remembered.put(plan)
         return run, plan.text
@@ -114,10 +118,6 @@ class Planner(Chunker):
         graph, last = self._laid_out
         trial = self._copies if self._can_copy else None
         return self.begin(graph, self.values[: self.whole.count], trial, How(channels_last=last))()
-
-    @property
-    def _is_long(self) -> bool:
-        return len(self.whole.graph.graph.nodes) > LONG
 
     @functools.cached_property
     def _can_copy(self) -> bool:
@@ -149,7 +149,8 @@ class Planner(Chunker):
         """Of a long recording: what is fastest operation by operation is compiled, and nothing else."""
         found, told = self._tried(math.inf)  # so many operations take longer than `WORTH` for one member, too
         told = f"{told}, operation by operation"
-        for taken, candidate, prepared in found:
+        weighed = [(taken * AGAIN ** (len(prepared.parts) - 1), *rest, prepared) for taken, *rest, prepared in found]
+        for taken, candidate, prepared in sorted(weighed, key=operator.itemgetter(0)):
             if taken < GAIN:
                 with contextlib.suppress(Unfit):
                     return self.of(prepared, candidate.lanes), candidate, told
@@ -240,8 +241,6 @@ class Planner(Chunker):
         found = [Candidate(size) for size in sizes(members, seconds)]
         if cores > 1:
             found += [Candidate(size, cores) for size in sizes(members, seconds * cores, cores)]
-        if self._is_long:  # members left over need a program of their own, which takes as long to compile
-            found = [candidate for candidate in found if not members % candidate.size]
         ways = [f"{operation} {way}" for operation, others in self.whole.choices.items() for way in others]
         return found + [candidate._replace(way=way) for way in ways for candidate in found]
 
