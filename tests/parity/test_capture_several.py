@@ -259,7 +259,7 @@ def test_small_chunks_come_first_but_of_a_long_recording_the_fastest(
     monkeypatch.setattr(plan, "LONG", long)
     monkeypatch.setattr(plan, "BUDGET", -1.0)
     monkeypatch.setattr(plan.Planner, "_seconds", PlannedClock(whole=1.0, of_1=0.8, of_8=0.5))
-    captured = compile(training("mlp", "sgd", members=16).step, backend="fx", steps_per_call=2).captured
+    captured = compile(training("mlp", "sgd", members=17).step, backend="fx", steps_per_call=2).captured
     as_if_compiled(captured, monkeypatch)
     for k in range(3):
         captured((INPUTS["mlp"][1]() + k,), {})

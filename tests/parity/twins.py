@@ -17,6 +17,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from memberwise.capture import CapturedStep, compile
+from memberwise.capture.chunker import _nudged
 from tests.plans import rounds
 
 
@@ -80,8 +81,7 @@ def _off(tensor: torch.Tensor, other: torch.Tensor) -> float:
 def _nudge(world: SimpleNamespace) -> None:
     """Change what is computed with in its last bit."""
     for tensor in tensors_of(world).values():
-        if tensor.is_floating_point():
-            tensor.mul_(1 + torch.finfo(tensor.dtype).eps)
+        tensor.copy_(_nudged(tensor))
 
 
 class Twins:

@@ -149,9 +149,9 @@ class Planner(Chunker):
         """Of a long recording: what is fastest operation by operation is compiled, and nothing else."""
         found, told = self._tried(math.inf)  # so many operations take longer than `WORTH` for one member, too
         told = f"{told}, operation by operation"
-        weighed = [(taken * AGAIN ** (len(prepared.parts) - 1), *rest, prepared) for taken, *rest, prepared in found]
-        for taken, candidate, prepared in sorted(weighed, key=operator.itemgetter(0)):
-            if taken < GAIN:
+        counted = [(part * (AGAIN if own.parts[1:] else 1), candidate, own) for part, candidate, own in found]
+        for part, candidate, prepared in sorted(counted, key=operator.itemgetter(0)):
+            if part < GAIN:
                 with contextlib.suppress(Unfit):
                     return self.of(prepared, candidate.lanes), candidate, told
         return self.at_once(), Candidate(), told
