@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 RESAMPLES = 4000
@@ -22,12 +24,16 @@ def of_median(samples: list[float]) -> Interval:
     >>> of_median([3.0, 1.0, 2.0])
     Interval(median=2.0, low=1.0, high=3.0)
     """
-    values = torch.tensor(samples, dtype=torch.float64)
+    values = np.array(samples)
+    medians = np.median(values[_picks(len(samples))], axis=1)
+    low, high = np.quantile(medians, [0.025, 0.975]).tolist()
+    return Interval(float(np.median(values)), low, high)
+
+
+@functools.cache
+def _picks(count: int) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(samples), (RESAMPLES, len(samples)), generator=generator)
-    medians = values[picks].quantile(0.5, dim=1)
-    low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(values.quantile(0.5).item(), low, high)
+    return torch.randint(count, (RESAMPLES, count), generator=generator).numpy()
 
 
 def of_ratio(above: list[float], below: list[float]) -> Interval:

@@ -3,6 +3,7 @@ strict, so that an error in a rule is no slow path."""
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Read when torch and memberwise are first imported. Pools of compiler processes would cost more than they save.
@@ -40,6 +41,8 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
     if DEVICE != "cpu":
         elsewhere.use(DEVICE)
+    elif not torch.accelerator.is_available():
+        torch.cuda.manual_seed_all = torch.xpu.manual_seed_all = _no_device_to_seed
     if PLAN:
         plans.force(PLAN)
 
@@ -51,6 +54,15 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+def _no_device_to_seed(seed: int) -> None:
+    """Torch's own write the whole stack down at each `torch.manual_seed`, for a device that may yet come: 2 ms."""
+
+
+def pytest_collection_finish() -> None:
+    """What thousands of collected tests hold need not be looked through at each collection of garbage."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

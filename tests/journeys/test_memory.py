@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -14,8 +15,8 @@ import resource
 import torch, memberwise
 torch.set_num_threads(1)
 x = torch.randn(8, COUNT)
-def step():  # eight temporaries, alive together
-    memberwise.vmap(lambda own: sum([own + 1 for _ in range(8)]))(x)
+def step():  # temporaries, alive together
+    memberwise.vmap(lambda own: sum([own + 1 for _ in range(ALIVE)]))(x)
 for _ in range(TIMES):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -25,10 +26,12 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / TIMES)
 """
 
 
+@functools.cache
 def faults_of_a_step(mb: int, before: str = "", **environment: str) -> float:
     """Fresh pages that a step of a stack of 8 asks for whose results have so many MB, when it has run for a while."""
-    times = 20 if mb < 10 else 4  # on some machines a gigabyte of fresh pages takes a second
-    program = before + STEPS.replace("COUNT", str(mb << 15)).replace("TIMES", str(times))
+    alive, times = (8, 20) if mb < 10 else (2, 3)  # on some machines a gigabyte of fresh pages takes seconds
+    sizes = {"COUNT": mb << 15, "ALIVE": alive, "TIMES": times}
+    program = before + functools.reduce(lambda text, name: text.replace(name, str(sizes[name])), sizes, STEPS)
     environment = {**os.environ, **environment}
     command = [sys.executable, "-c", program]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100, env=environment)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,34 +275,34 @@ def test_a_compiled_convolution_that_is_not_finite_is_torchs(stride: int) -> Non
             assert_equal(found / 10, theirs / 10)
 
 
-def _multiplied() -> tuple[fx.GraphModule, Callable[[], list[torch.Tensor]]]:
-    """A graph that multiplies and attends by ours, and adds to its input."""
+def _multiplied(scale: float = 0.5) -> tuple[fx.GraphModule, Callable[[], list[torch.Tensor]]]:
+    """A graph that multiplies and attends by ours, and adds to its input; the `scale` of zeros changes nothing."""
     graph = fx.Graph()
     x, y = graph.placeholder("x"), graph.placeholder("y")
     made = graph.call_function(product, (x, graph.call_function(_aten.transpose.int, (y, 1, 2))))
     graph.call_function(_aten.add_.Tensor, (x, made))
     heads = graph.call_function(_aten.unsqueeze.default, (graph.call_function(_aten.relu.default, (made,)), 0))
-    out = graph.call_function(attention, (heads, heads, heads, True, 0.5))
+    out = graph.call_function(attention, (heads, heads, heads, True, scale))
     graph.output((graph.call_function(operator.getitem, (out, 0)),))
     return fx.GraphModule({}, graph), lambda: [torch.full((2, 3, 3), -1.0), torch.ones(2, 3, 3)]
 
 
-def test_another_process_finds_the_kernel_without_a_compiler(tmp_path: Path) -> None:
+def test_another_process_finds_the_kernel_without_a_compiler() -> None:
     """Breaks (`aot_inductor.custom_ops_to_c_shims`): wrappers in C++ would call ours by Python, or not at all."""
     code = """
 import sys, torch
 from tests.parity.test_capture_ours import _multiplied
 from memberwise._torch.entry import Entry
 from memberwise.capture.cache import Compiled
-module, trial = _multiplied()
+module, trial = _multiplied(float(sys.argv[1]))
 run = Compiled(1, "inductor").begin(module, trial(), trial)()
 x, y = trial()
 found, = run(x, y)
 assert isinstance(run, Entry), run
 print(found.sum().item(), x.sum().item(), "torch._inductor.codecache" in sys.modules)
 """
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    never_before = str(1 + time.time() % 1)  # another directory would have torch's headers to compile
     for imports in (True, False):
-        command = [sys.executable, "-W", "ignore", "-c", code]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        command = [sys.executable, "-W", "ignore", "-c", code, never_before]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
         assert run.stdout.split() == ["0.0", "-72.0", str(imports)]

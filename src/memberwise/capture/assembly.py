@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from memberwise._torch.graphmodule import graph_module
 from memberwise._torch.identity import memory_key
 from memberwise.capture.arguments import Arguments
 from memberwise.capture.draws import Draw
@@ -85,7 +86,7 @@ class Assembly:
         for _, draw in self.draws:
             draw.bind(self._value, self.recorder.kept)
         result = tree_map(lambda leaf: Input(self._value(leaf)) if isinstance(leaf, torch.Tensor) else leaf, result)
-        return self._finished(fx.GraphModule(self.recorder.constants, graph), result, count)
+        return self._finished(graph_module(self.recorder.constants, graph), result, count)
 
     def _finished(self, graph: fx.GraphModule, result: Any, count: int) -> Program:
         before = self.before

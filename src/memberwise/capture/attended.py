@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from memberwise._torch.graphmodule import graph_module
 from memberwise.capture.ours import LONGEST, Operand, Run, is_faster, operands_of
 from memberwise.capture.record import is_write
 from memberwise.kernels.attention import attention_dropout, attention_dropout_backward
@@ -224,7 +225,7 @@ def _rewritten(module: fx.GraphModule, found: list[Attention], operands: dict[fx
             new[node] = graph.node_copy(node, new.__getitem__)
     spent = {new[write] for one in found for write in one.writes}
     graph.eliminate_dead_code(lambda node: is_write(node) and node not in spent)
-    return fx.GraphModule(module, graph)
+    return graph_module(module, graph)
 
 
 def _forward(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from memberwise._torch.graphmodule import graph_module
 from memberwise.capture.aliases import Aliases, Unclear
 
 
@@ -40,7 +41,7 @@ def writing_into(module: fx.GraphModule) -> fx.GraphModule:
         with graph.inserting_after(end if use.op == "placeholder" else use):
             graph.call_function(torch.ops.aten.copy_.default, (into, value))
     graph.output(())
-    return fx.GraphModule(module, graph)
+    return graph_module(module, graph)
 
 
 def _last_uses(graph: fx.Graph) -> Callable[[fx.Node], fx.Node]:

@@ -18,6 +18,7 @@ from torch import fx
 
 from memberwise._torch.building import quiet
 from memberwise._torch.folder import get, kept_at, put
+from memberwise._torch.graphmodule import graph_module
 from memberwise.capture.aliases import Aliases, tensor_at
 from memberwise.capture.cache import structure
 from memberwise.capture.program import Like
@@ -94,7 +95,7 @@ class _Relaying:
             for one in node.all_input_nodes:
                 if reader[one] is node:
                     del self.values[one]
-        return fx.GraphModule(self.source, self.graph)
+        return graph_module(self.source, self.graph)
 
     def _run(self, node: fx.Node) -> None:
         if node.op == "placeholder":

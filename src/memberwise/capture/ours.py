@@ -15,6 +15,7 @@ from torch import fx
 
 from memberwise._torch.building import quiet
 from memberwise._torch.folder import get, kept_at, put
+from memberwise._torch.graphmodule import graph_module
 from memberwise.capture.record import shapes
 from memberwise.kernels.attention import attention, attention_backward
 from memberwise.kernels.convolution import convolution3x3, convolution3x3_backward
@@ -143,7 +144,7 @@ def with_ours(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.Grap
         if node in ours:
             args = tuple(new[one.node] if isinstance(one, Operand) else one for one in ours[node])
             new[node].target, new[node].args, new[node].kwargs = OURS[node.target].run, args, {}
-    return fx.GraphModule(module, graph)
+    return graph_module(module, graph)
 
 
 def operands_of(graph: fx.Graph, inputs: Sequence[torch.Tensor]) -> dict[fx.Node, Operand]:

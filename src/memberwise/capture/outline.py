@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from memberwise._torch.building import quiet
+from memberwise._torch.graphmodule import graph_module
 from memberwise._torch.inductor import Trial
 from memberwise.capture.program import copied
 from memberwise.capture.progress import told
@@ -50,7 +51,7 @@ class Kind:
     """
 
     def __init__(self, region: Region, inputs: Sequence[torch.Tensor], begin: Begin) -> None:
-        graph = fx.GraphModule({}, region.graph())
+        graph = graph_module({}, region.graph())
         self.plain: Run = graph.forward
         self.run: Run | None = None
         self._inputs = inputs
@@ -199,7 +200,7 @@ class _Outline:
             self._call(region)
         (last,) = (node for node in self.source.graph.nodes if node.op == "output")
         self.graph.output(fx.map_arg(last.args[0], self._value))
-        return fx.GraphModule({**dict(self.source.named_buffers()), **self.calls}, self.graph)
+        return graph_module({**dict(self.source.named_buffers()), **self.calls}, self.graph)
 
     def _call(self, region: Region) -> None:
         name = f"region_{len(self.calls)}"

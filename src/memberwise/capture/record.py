@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from memberwise._torch.dispatch import DispatchMode
 from memberwise._torch.identity import is_plain, memory_key, stream_key
 from memberwise._torch.inductor import without_onednn
-from memberwise._torch.pytree import tree_flatten, tree_unflatten
 from memberwise.capture.draws import Draw, Streams, state_of
 from memberwise.capture.reads import HostReads
 from memberwise.capture.refusals import Refusal, user_line
 from memberwise.engine.operation import describe, has_mask, written_among
 from memberwise.generators import default_generator
+from memberwise.trees import tree_leaves
 
 _aten = torch.ops.aten
 _Tag = torch.Tag
@@ -96,32 +97,31 @@ class Recorder(DispatchMode):
         kwargs = kwargs or {}
         if self.refusal is not None:
             return func(*args, **kwargs)
-        leaves, spec = tree_flatten((args, kwargs))
-        if any(_is_subclass(leaf) for leaf in leaves):
+        tensors = _tensors(func, args, kwargs)
+        if not all(map(is_plain, tensors)):
             return NotImplemented
-        foreign = _foreign(func, leaves)
+        foreign = _foreign(func, tensors)
         if foreign is not None:
             self.refuse(foreign)
             return func(*args, **kwargs)
         if _Tag.nondeterministic_seeded in func.tags:
             return self._draw(func, args, kwargs)
-        self._refuse_read(func, leaves)
+        self._refuse_read(func, tensors)
         out = func(*args, **kwargs)
         if self.refusal is None:
             try:
-                self._record(func, leaves, spec, out)
+                self._record(func, args, kwargs, out)
             except Exception as error:  # the step must not fail for being watched
                 self.refuse(Refusal("internal", f"{func}: {error!r}", user_line()))
         return out
 
-    def _refuse_read(self, func: Any, leaves: list[Any]) -> None:
+    def _refuse_read(self, func: Any, tensors: list[torch.Tensor]) -> None:
         """Refuse results that depend on values, unless these are the same in each run."""
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if self._all_fixed(tensors) and func not in _EXCHANGES:
             return
         if _Tag.data_dependent_output in func.tags:
             self.refuse(Refusal("host-read", _called(self.reads, func), user_line()))
-        elif _Tag.dynamic_output_shape in func.tags and not _is_by_numbers(func, leaves):
+        elif _Tag.dynamic_output_shape in func.tags and not _is_by_numbers(func, tensors):
             self.refuse(Refusal("dynamic-shape", _called(self.reads, func), user_line()))
         elif _Tag.inplace_view in func.tags and (self.is_input(tensors[0]) or func in _EXCHANGES):
             self.refuse(Refusal("memory", f"{func} changes the shape of a tensor in place", user_line()))
@@ -131,18 +131,18 @@ class Recorder(DispatchMode):
         return self.node(tensor) is None or id(tensor) in self._input_ids
 
     def _all_fixed(self, tensors: list[torch.Tensor]) -> bool:
-        return all(memory_key(tensor) in self._fixed for tensor in tensors)
+        return not tensors or (bool(self._fixed) and all(memory_key(tensor) in self._fixed for tensor in tensors))
 
-    def _record(self, func: Any, leaves: list[Any], spec: Any, out: Any) -> None:
-        made = [x for x in tree_flatten(out)[0] if isinstance(x, torch.Tensor)]
-        if not made and not describe(func).written:
+    def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        made = _tensors(func, (out,), {})
+        written = written_among(func, args, kwargs)
+        if not made and not written:
             return
-        fixed = self._all_fixed([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+        fixed = self._all_fixed(_tensors(func, args, kwargs))
         if func is _aten.lift_fresh.default or (fixed and _BY_VALUE & set(func.tags)):
             self._constants(made)
             return
-        args, kwargs = tree_unflatten([self._argument(leaf) for leaf in leaves], spec)
-        written = written_among(func, *tree_unflatten(leaves, spec))
+        args, kwargs = map_aggregate((args, kwargs), self._argument)
         self._name_results(self._append(func, args, kwargs), out)
         self._note(made, written, fixed)
 
@@ -150,7 +150,10 @@ class Recorder(DispatchMode):
         """Remember what was written to, and whose values are the same in each run."""
         self.written |= {memory_key(tensor) for tensor in written}
         touched = {memory_key(tensor) for tensor in (*made, *written)}
-        self._fixed = self._fixed | touched if fixed else self._fixed - touched
+        if fixed:
+            self._fixed |= touched
+        else:
+            self._fixed -= touched
 
     def _argument(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -202,7 +205,7 @@ class Recorder(DispatchMode):
 
     def _draw(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Let a random operation happen, and make its result an input."""
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        tensors = _tensors(func, args, kwargs)
         device = tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
         generator = kwargs.get("generator") or default_generator(device)
         self.streams.know(generator)
@@ -219,17 +222,15 @@ class Recorder(DispatchMode):
     ) -> None:
         after = state_of(generator)
         if after == before and not (isinstance(out, torch.Tensor) and out.numel() == 0):
-            leaves, spec = tree_flatten((args, kwargs))
-            self._record(func, leaves, spec, out)  # this call draws nothing
+            self._record(func, args, kwargs, out)  # this call draws nothing
             return
         fills = bool(describe(func).written)
         shaped = fills or func._schema.name.endswith("_like")
-        leaves, spec = tree_flatten((args[1:] if shaped else args, kwargs))
-        if not isinstance(out, torch.Tensor) or not all(map(self._is_known, leaves)):
+        rest = args[1:] if shaped else args
+        if not isinstance(out, torch.Tensor) or not all(map(self._is_known, _tensors(func, rest, kwargs))):
             self.refuse(Refusal("random-values", _called(self.reads, func), user_line()))
             return
-        known = [self._kept(leaf) if self._is_fixed(leaf) else leaf for leaf in leaves]
-        own_args, own_kwargs = tree_unflatten(known, spec)
+        own_args, own_kwargs = map_aggregate((rest, kwargs), self._kept)
         drawn = self._drawn(Draw(func, own_args, own_kwargs, out, shaped=shaped), generator, before, after)
         if drawn is None:
             self.refuse(Refusal("random-state", "a stream was set inside the step", user_line()))
@@ -252,15 +253,17 @@ class Recorder(DispatchMode):
         self.streams.remember(key, node)
         return node
 
-    def _is_known(self, value: Any) -> bool:
+    def _is_known(self, value: torch.Tensor) -> bool:
         """Whether a draw's argument is what it is before the step runs."""
-        if not isinstance(value, torch.Tensor) or self._is_fixed(value):
+        if self._is_fixed(value):
             return True
         return self.is_input(value) and memory_key(value) not in self.written and id(value) in self.places
 
-    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of a tensor that is the same in each run, for a draw to use."""
-        copy = tensor.clone()
+    def _kept(self, value: Any) -> Any:
+        """An argument for a draw to use: of a tensor that is the same in each run, a copy."""
+        if not self._is_fixed(value):
+            return value
+        copy = value.clone()
         self.kept[id(copy)] = copy
         return copy
 
@@ -268,17 +271,26 @@ class Recorder(DispatchMode):
         return isinstance(value, torch.Tensor) and memory_key(value) in self._fixed
 
 
-def _foreign(func: Any, leaves: list[Any]) -> Refusal | None:
+def _tensors(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The tensors among an operation's arguments or results; those of one with a schema lie at most in lists."""
+    if not hasattr(func, "_schema"):
+        return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    found: list[torch.Tensor] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [entry for entry in value if isinstance(entry, torch.Tensor)]
+    return found
+
+
+def _foreign(func: Any, tensors: list[torch.Tensor]) -> Refusal | None:
     """Why an operation cannot be written down at all, or None."""
     if not hasattr(func, "_schema"):
         return Refusal("higher-order", str(func), user_line())
-    if any(isinstance(leaf, torch.Tensor) and leaf.layout != torch.strided for leaf in leaves):
+    if any(tensor.layout != torch.strided for tensor in tensors):
         return Refusal("layout", str(func), user_line())
     return None
-
-
-def _is_subclass(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and not is_plain(leaf)
 
 
 def note(node: fx.Node, value: torch.Tensor) -> None:
@@ -300,9 +312,9 @@ def is_write(node: fx.Node) -> bool:
     return hasattr(node.target, "_schema") and bool(describe(node.target).written)
 
 
-def _is_by_numbers(func: Any, leaves: list[Any]) -> bool:
+def _is_by_numbers(func: Any, tensors: list[torch.Tensor]) -> bool:
     """Whether this is an indexing whose result has a shape that is known."""
-    return func is _aten.index.Tensor and not has_mask(leaves[1:])
+    return func is _aten.index.Tensor and not has_mask(tensors[1:])
 
 
 def _called(reads: HostReads, func: Any) -> str:

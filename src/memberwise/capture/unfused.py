@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from memberwise._torch.graphmodule import graph_module
+
 _aten = torch.ops.aten
 PRODUCTS = {_aten.baddbmm.default: _aten.bmm.default, _aten.addmm.default: _aten.mm.default}
 WIDE = {torch.float32, torch.float64}
@@ -28,4 +30,4 @@ def unfused(module: fx.GraphModule) -> fx.GraphModule:
             product.meta, new[node].meta = dict(node.meta), dict(node.meta)
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
-    return fx.GraphModule(module, graph)
+    return graph_module(module, graph)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from memberwise._torch.graphmodule import graph_module
 from memberwise.capture.aliases import Aliases, Unclear, written
 from memberwise.capture.record import shapes
 
@@ -66,7 +67,7 @@ def with_fewer_views(module: fx.GraphModule, inputs: Sequence[torch.Tensor], cop
     """
     reshaped = _RESHAPED | _COPIES if copies else _RESHAPED
     try:
-        return fx.GraphModule(module, _Rewriting(module.graph, inputs, reshaped).graph)
+        return graph_module(module, _Rewriting(module.graph, inputs, reshaped).graph)
     except Unclear:
         return module
 

@@ -12,6 +12,8 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
+from memberwise._torch.graphmodule import graph_module
+
 
 def widened(module: fx.GraphModule) -> fx.GraphModule:
     """The same operations, in float64 where they were in float32; inputs are to be such, too.
@@ -28,7 +30,7 @@ def widened(module: fx.GraphModule) -> fx.GraphModule:
         copy.args, copy.kwargs = map_aggregate(copy.args, wide_type), map_aggregate(copy.kwargs, wide_type)
         new[node] = copy
     held = {name: wide(value) for name, value in module.named_buffers()}
-    return fx.GraphModule(held, graph)
+    return graph_module(held, graph)
 
 
 def wide_type(argument: Any) -> Any:

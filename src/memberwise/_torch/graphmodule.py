@@ -1,0 +1,17 @@
+"""A graph module that writes and compiles its Python code when it is first called, and not when it is made.
+
+Most graphs of a recording are only read, rewritten or handed to a compiler. `torch.fx.GraphModule` writes each of them
+out as Python at once, which took as long as recording it. Missing is a public way to say that it need not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
+
+
+def graph_module(root: Any, graph: fx.Graph) -> fx.GraphModule:
+    """`fx.GraphModule(root, graph)`, whose code waits for the first call."""
+    return _LazyGraphModule(root, graph)
