@@ -11,9 +11,10 @@ import sys
 import pytest
 
 STEPS = """
-import resource
+import gc, resource
 import torch, memberwise
 torch.set_num_threads(1)
+gc.disable()  # what is collected once in a while may move the heap's end, once
 x = torch.randn(8, COUNT)
 def step():  # temporaries, alive together
     memberwise.vmap(lambda own: sum([own + 1 for _ in range(ALIVE)]))(x)
@@ -29,7 +30,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / TIMES)
 @functools.cache
 def faults_of_a_step(mb: int, before: str = "", **environment: str) -> float:
     """Fresh pages that a step of a stack of 8 asks for whose results have so many MB, when it has run for a while."""
-    alive, times = (8, 20) if mb < 10 else (2, 3)  # on some machines a gigabyte of fresh pages takes seconds
+    alive, times = (8, 20) if mb < 10 else (2, 8)  # on some machines a gigabyte of fresh pages takes seconds
     sizes = {"COUNT": mb << 15, "ALIVE": alive, "TIMES": times}
     program = before + functools.reduce(lambda text, name: text.replace(name, str(sizes[name])), sizes, STEPS)
     environment = {**os.environ, **environment}
