@@ -91,10 +91,12 @@ def test_what_torch_multiplies_as_fast_stays(monkeypatch: pytest.MonkeyPatch, tm
     asked: list[tuple[int, ...]] = []
 
     def seconds(theirs: Any, own: Any) -> list[float]:
+        if own.args[0].numel() == 1:
+            return [0.0, 0.0]
         asked.append(tuple(size for factor in own.args for size in factor.shape))
         return [1.0, 0.9 if len(own.args[0]) == 3 else 0.99]
 
-    monkeypatch.setattr(ours, "_seconds", seconds)
+    monkeypatch.setattr(ours, "timed", seconds)
     many, few = (torch.ones(3, 4, 5), torch.ones(3, 5, 6)), (torch.ones(2, 4, 5), torch.ones(2, 5, 6))
     for _ in range(2):
         assert _chosen(torch.bmm, *many) == ["memberwise.product.default"]
@@ -107,13 +109,34 @@ def test_of_what_is_known_no_trial_is_made(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     made: list[str] = []
 
-    def runs() -> tuple[ours.Run, ours.Run]:
+    def seconds() -> list[float]:
         made.append("examples")
-        return int, int
+        return [1.0, 0.5]
 
     for _ in range(2):
-        ours.is_faster("an operation", runs)
+        assert ours.is_faster("an operation", seconds)
         assert made == ["examples"]
+
+
+@pytest.mark.chooses
+@pytest.mark.parametrize("idle", [0.0, 2.0])
+def test_what_a_call_from_python_takes_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, idle: float
+) -> None:
+    """Compiled, both are called from C."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    seconds = {1: [0.0, idle], 4 * 5: [3.0, 4.0]}
+    monkeypatch.setattr(ours, "timed", lambda theirs, own: seconds[own.args[0].numel()])
+    chosen = "memberwise.product.default" if idle else "aten.mm.default"
+    assert _chosen(torch.mm, torch.ones(4, 5), torch.ones(5, 6)) == [chosen]
+
+
+def test_what_takes_microseconds_is_timed_for_a_while() -> None:
+    """A moment in which the machine does something else passes."""
+    runs: list[str] = []
+    seconds = ours.timed(lambda: runs.append("theirs"), lambda: runs.append("own"))
+    assert runs[:4] == ["theirs", "own"] * 2 and len(runs) > 2 * ours.TIMES
+    assert max(seconds) < ours.AT_LEAST
 
 
 @pytest.mark.chooses
@@ -124,10 +147,10 @@ def test_a_trial_leaves_members_out_not_draws(monkeypatch: pytest.MonkeyPatch, t
     shapes: list[torch.Size] = []
 
     def seconds(theirs: Any, own: Any) -> list[float]:
-        shapes.extend(factor.shape for factor in own.args)
+        shapes.extend(factor.shape for factor in own.args if factor.numel() > 1)
         return [1.0, 1.0]
 
-    monkeypatch.setattr(ours, "_seconds", seconds)
+    monkeypatch.setattr(ours, "timed", seconds)
     before = torch.get_rng_state()
     _chosen(torch.bmm, torch.ones(9, 4, 5), torch.ones(1, 5, 6).expand(9, 5, 6))
     _chosen(torch.mm, torch.ones(40, 50), torch.ones(50, 60))

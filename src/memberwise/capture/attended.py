@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from memberwise._torch.graphmodule import graph_module
-from memberwise.capture.ours import LONGEST, Operand, Run, is_faster, operands_of
+from memberwise.capture.ours import LONGEST, Operand, is_faster, operands_of, timed
 from memberwise.capture.record import is_write
 from memberwise.kernels.attention import attention_dropout, attention_dropout_backward
 from memberwise.kernels.library import available
@@ -265,11 +265,11 @@ def _is_faster(one: Attention, operands: dict[fx.Node, Operand]) -> bool:
     heads = max(1, TRIAL // max(rows * keys, rows * width, keys * width, keys * wide))
     sizes = [(rows, width), (width, keys), (keys, wide), (rows, keys), *([(rows, wide)] if one.gradients else [])]
 
-    def runs() -> tuple[Run, Run]:
+    def seconds() -> list[float]:
         trial = [torch.ones(heads, *size) for size in sizes]
-        return functools.partial(_apart, one.is_causal, *trial), functools.partial(_together, one.is_causal, *trial)
+        return timed(*(functools.partial(each, one.is_causal, *trial) for each in (_apart, _together)))
 
-    return is_faster(("attention with dropout", sizes, one.is_causal), runs)
+    return is_faster(("attention with dropout", sizes, one.is_causal), seconds)
 
 
 def _together(is_causal: bool, *trial: Any) -> None:

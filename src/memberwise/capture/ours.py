@@ -25,7 +25,9 @@ from memberwise.kernels.product import product
 GAIN = 0.95
 """What part of the time of torch's own an operation must take."""
 
-TIMES = 5
+TIMES, AT_LEAST = 5, 0.01
+"""Runs of each, and seconds that all of them take at least: what takes microseconds runs often enough for a moment in
+which the machine does something else to pass."""
 
 MOST = 1 << 23
 """Numbers in a tensor of a trial, which leaves members out above that: the time of one hardly depends on them."""
@@ -90,6 +92,7 @@ class Ours(NamedTuple):
         given: its arguments, made of those of torch's; None if it does not serve these.
         dtypes: what it computes in.
         by_member: whether its tensors' first dimension are members, or else heads of them.
+        of_one: whether it can be run on tensors of one number, which tells what a call from Python takes.
     """
 
     kernel: str
@@ -97,12 +100,14 @@ class Ours(NamedTuple):
     given: Callable[..., tuple[Any, ...] | None]
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     by_member: bool = True
+    of_one: bool = False
 
 
 _aten = torch.ops.aten
+_PRODUCT = Ours("product", product, _multiplied, (torch.bfloat16, torch.float32, torch.float64), of_one=True)
 OURS = {
-    _aten.bmm.default: Ours("product", product, _multiplied, (torch.bfloat16, torch.float32, torch.float64)),
-    _aten.mm.default: Ours("product", product, _multiplied, (torch.bfloat16, torch.float32, torch.float64)),
+    _aten.bmm.default: _PRODUCT,
+    _aten.mm.default: _PRODUCT,
     _aten._scaled_dot_product_flash_attention_for_cpu.default: Ours("attention", attention, _attended),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: Ours(
         "attention", attention_backward, _attended_backward
@@ -128,6 +133,10 @@ class Operand:
         """One like it, of ones (a draw would advance the user's streams), of so many members at most."""
         shape = (min(self.shape[0], most), *self.shape[1:]) if len(self.shape) > 2 else self.shape
         return torch.empty_strided(shape, self.stride, dtype=self.dtype).fill_(1)
+
+    def one(self) -> torch.Tensor:
+        """One number, of as many dimensions."""
+        return torch.ones((1,) * len(self.shape), dtype=self.dtype)
 
 
 def with_ours(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
@@ -186,29 +195,30 @@ def _served(node: fx.Node, operands: dict[fx.Node, Operand]) -> tuple[Any, ...] 
 
 def _is_faster(node: fx.Node, given: tuple[Any, ...], operands: dict[fx.Node, Operand]) -> bool:
     args, kwargs = fx.map_arg((node.args, node.kwargs), operands.__getitem__)
+    own = OURS[node.target]
 
-    def runs() -> tuple[Run, Run]:
+    def timed_on(example: Callable[[Operand], torch.Tensor]) -> list[float]:
+        theirs, ours = ([example(one) if _is_tensor(one) else one for one in called] for called in (args, given))
+        return timed(functools.partial(node.target, *theirs, **kwargs), functools.partial(own.run, *ours))
+
+    def seconds() -> list[float]:
         most = MOST
-        if OURS[node.target].by_member:
+        if own.by_member:
             most = max(1, min(MOST // max(1, math.prod(one.shape[1:])) for one in given if _is_tensor(one)))
+        idle = timed_on(Operand.one) if own.of_one else [0.0, 0.0]
+        return [taken - own for taken, own in zip(timed_on(lambda one: one.example(most)), idle, strict=True)]
 
-        def example(one: Any) -> Any:
-            return one.example(most) if _is_tensor(one) else one
-
-        theirs = functools.partial(node.target, *map(example, args), **kwargs)
-        return theirs, functools.partial(OURS[node.target].run, *map(example, given))
-
-    return is_faster((str(node.target), args, kwargs), runs)
+    return is_faster((str(node.target), args, kwargs), seconds)
 
 
-def is_faster(key: Any, runs: Callable[[], tuple[Run, Run]]) -> bool:
-    """Whether ours is: `runs` makes theirs and ours, to be timed once a machine for each `key`."""
+def is_faster(key: Any, seconds: Callable[[], Sequence[float]]) -> bool:
+    """Whether ours is: `seconds` measures theirs and ours, once a machine for each `key`."""
     path = kept_at((key, torch.get_num_threads())).with_suffix(".json")
     faster = get(path, lambda known: bool(known["faster"]))
     if faster is None:
-        seconds = _seconds(*runs())
-        faster = seconds[1] < GAIN * seconds[0]
-        put(path, {"faster": faster, "seconds": seconds})
+        theirs, ours = seconds()
+        faster = ours < GAIN * theirs
+        put(path, {"faster": faster, "seconds": [theirs, ours]})
     return faster
 
 
@@ -216,12 +226,14 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Operand)
 
 
-def _seconds(*runs: Run) -> list[float]:
-    """The least time of each, taken in turns."""
-    best = [float("inf")] * len(runs)
+def timed(*runs: Run) -> list[float]:
+    """The least seconds of each, taken in turns."""
+    best, rounds = [float("inf")] * len(runs), 0
     quiet()
+    end = time.perf_counter() + AT_LEAST
     with torch.no_grad():
-        for _ in range(TIMES):
+        while rounds < TIMES or time.perf_counter() < end:
+            rounds += 1
             for k, run in enumerate(runs):
                 start = time.perf_counter()
                 run()

@@ -67,8 +67,9 @@ template <int HEIGHT, int VECTORS>
 inline void tile(const Half* a, int64_t row, int64_t step, const uint32_t* b, int64_t deep, Half* c, int64_t to,
                  int64_t width) {
     V32 sum[HEIGHT][VECTORS];
-    for (auto& sums : sum)
-        for (V32& one : sums) one = each(0.0f);
+#pragma GCC unroll 14
+    for (int i = 0; i < HEIGHT; i++)
+        for (int v = 0; v < VECTORS; v++) sum[i][v] = each(0.0f);
     for (int64_t l = 0; l < deep; l++) {
         __m512bh right[VECTORS];
         for (int v = 0; v < VECTORS; v++) right[v] = (__m512bh)_mm512_loadu_si512(b + l * COLUMNS + v * PAIRS);
@@ -80,6 +81,7 @@ inline void tile(const Half* a, int64_t row, int64_t step, const uint32_t* b, in
             for (int v = 0; v < VECTORS; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], left, right[v]);
         }
     }
+#pragma GCC unroll 14
     for (int i = 0; i < HEIGHT; i++)
         for (int v = 0; v < VECTORS; v++)
             _mm256_mask_storeu_epi16(c + i * to + v * PAIRS, first(width - v * PAIRS),
