@@ -330,6 +330,38 @@ def test_a_graph_module_is_written_out_when_it_is_called(monkeypatch: pytest.Mon
     assert written
 
 
+def test_a_graph_module_is_written_out_by_one_of_the_threads_that_call_it() -> None:
+    """Breaks: chunks on separate cores, which call it first at the same time, would fail, or compute anything."""
+
+    def found_by(threads: int) -> list[float | Exception]:
+        graph = fx.Graph()
+        one = x = graph.placeholder("x")
+        for _ in range(300):
+            one = graph.call_function(torch.add, (graph.call_function(torch.mul, (one, 0.5)), x))
+        graph.output(one)
+        run, start, found = graphmodule.graph_module({}, graph).forward, threading.Barrier(threads), []
+
+        def call() -> None:
+            start.wait()
+            try:
+                found.append(round(run(torch.ones(1)).item(), 6))
+            except Exception as error:
+                found.append(error)
+
+        callers = [threading.Thread(target=call) for _ in range(threads)]
+        [caller.start() for caller in callers]
+        [caller.join() for caller in callers]
+        return found
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(5):
+            assert found_by(4) == [2.0] * 4
+    finally:
+        sys.setswitchinterval(before)
+
+
 def _written() -> tuple[fx.GraphModule, Any]:
     """x += 2 y, which gives y + 1; and what to run it on."""
     graph = fx.Graph()

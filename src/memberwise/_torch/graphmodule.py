@@ -6,12 +6,24 @@ out as Python at once, which took as long as recording it. Missing is a public w
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
+_writing = threading.RLock()
+
+
+class _Written(_LazyGraphModule):
+    """Chunks on separate cores call it first at the same time, and a graph that two threads write out names nodes of
+    one as the other does."""
+
+    def real_recompile(self) -> None:
+        with _writing:
+            super().real_recompile()
+
 
 def graph_module(root: Any, graph: fx.Graph) -> fx.GraphModule:
     """`fx.GraphModule(root, graph)`, whose code waits for the first call."""
-    return _LazyGraphModule(root, graph)
+    return _Written(root, graph)
