@@ -30,6 +30,10 @@ NUMPYS, OLD_NUMPYS, OWN = numpy.random.default_rng(0), numpy.random.RandomState(
 INDEX = torch.tensor([2, 0])
 STATE = torch.get_rng_state()
 
+OPERATIONS = torch.library.Library("refused", "DEF")
+OPERATIONS.define("in_lists(Tensor x) -> (Tensor[], Tensor[])")
+OPERATIONS.impl("in_lists", lambda x: ([x * 2], [x * 3]), "CPU")
+
 READS: dict[str, tuple[str, Callable[[torch.Tensor], Any]]] = {
     "item": ("host-read", lambda x: x[0].item()),
     "float": ("host-read", lambda x: float(x[0])),
@@ -53,6 +57,7 @@ READS: dict[str, tuple[str, Callable[[torch.Tensor], Any]]] = {
     "closure tensor": ("host-read", lambda x: x * WEIGHT[0].item()),
     "tensor_split": ("host-read", lambda x: torch.tensor_split(x, INDEX[:1])[0]),
     "one_hot": ("host-read", lambda x: nn.functional.one_hot(INDEX)),
+    "results in lists": ("internal", lambda x: torch.ops.refused.in_lists(x)[1][0] + 1),
     "nonzero": ("dynamic-shape", lambda x: x.nonzero().shape[0]),
     "mask": ("dynamic-shape", lambda x: x[MASK]),
     "where": ("dynamic-shape", lambda x: torch.where(x > 0)[0]),

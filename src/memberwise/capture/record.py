@@ -24,7 +24,6 @@ from memberwise.capture.reads import HostReads
 from memberwise.capture.refusals import Refusal, user_line
 from memberwise.engine.operation import describe, has_mask, written_among
 from memberwise.generators import default_generator
-from memberwise.trees import tree_leaves
 
 _aten = torch.ops.aten
 _Tag = torch.Tag
@@ -97,7 +96,7 @@ class Recorder(DispatchMode):
         kwargs = kwargs or {}
         if self.refusal is not None:
             return func(*args, **kwargs)
-        tensors = _tensors(func, args, kwargs)
+        tensors = _tensors(args, kwargs)
         if not all(map(is_plain, tensors)):
             return NotImplemented
         foreign = _foreign(func, tensors)
@@ -105,12 +104,12 @@ class Recorder(DispatchMode):
             self.refuse(foreign)
             return func(*args, **kwargs)
         if _Tag.nondeterministic_seeded in func.tags:
-            return self._draw(func, args, kwargs)
+            return self._draw(func, args, kwargs, tensors)
         self._refuse_read(func, tensors)
         out = func(*args, **kwargs)
         if self.refusal is None:
             try:
-                self._record(func, args, kwargs, out)
+                self._record(func, args, kwargs, tensors, out)
             except Exception as error:  # the step must not fail for being watched
                 self.refuse(Refusal("internal", f"{func}: {error!r}", user_line()))
         return out
@@ -133,12 +132,12 @@ class Recorder(DispatchMode):
     def _all_fixed(self, tensors: list[torch.Tensor]) -> bool:
         return not tensors or (bool(self._fixed) and all(memory_key(tensor) in self._fixed for tensor in tensors))
 
-    def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        made = _tensors(func, (out,), {})
+    def _record(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], out: Any) -> None:
+        made = _tensors(out)
         written = written_among(func, args, kwargs)
         if not made and not written:
             return
-        fixed = self._all_fixed(_tensors(func, args, kwargs))
+        fixed = self._all_fixed(tensors)
         if func is _aten.lift_fresh.default or (fixed and _BY_VALUE & set(func.tags)):
             self._constants(made)
             return
@@ -203,9 +202,8 @@ class Recorder(DispatchMode):
             self._nodes[tensor] = self._append(_aten.lift_fresh_copy.default, (attribute,), {})
             self._fixed.add(memory_key(tensor))
 
-    def _draw(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _draw(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> Any:
         """Let a random operation happen, and make its result an input."""
-        tensors = _tensors(func, args, kwargs)
         device = tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
         generator = kwargs.get("generator") or default_generator(device)
         self.streams.know(generator)
@@ -222,12 +220,12 @@ class Recorder(DispatchMode):
     ) -> None:
         after = state_of(generator)
         if after == before and not (isinstance(out, torch.Tensor) and out.numel() == 0):
-            self._record(func, args, kwargs, out)  # this call draws nothing
+            self._record(func, args, kwargs, _tensors(args, kwargs), out)  # this call draws nothing
             return
         fills = bool(describe(func).written)
         shaped = fills or func._schema.name.endswith("_like")
         rest = args[1:] if shaped else args
-        if not isinstance(out, torch.Tensor) or not all(map(self._is_known, _tensors(func, rest, kwargs))):
+        if not isinstance(out, torch.Tensor) or not all(map(self._is_known, _tensors(rest, kwargs))):
             self.refuse(Refusal("random-values", _called(self.reads, func), user_line()))
             return
         own_args, own_kwargs = map_aggregate((rest, kwargs), self._kept)
@@ -271,16 +269,16 @@ class Recorder(DispatchMode):
         return isinstance(value, torch.Tensor) and memory_key(value) in self._fixed
 
 
-def _tensors(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """The tensors among an operation's arguments or results; those of one with a schema lie at most in lists."""
-    if not hasattr(func, "_schema"):
-        return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+def _tensors(*values: Any) -> list[torch.Tensor]:
+    """The tensors among an operation's arguments or results, however deep."""
     found: list[torch.Tensor] = []
-    for value in (*args, *kwargs.values()):
+    for value in values:
         if isinstance(value, torch.Tensor):
             found.append(value)
         elif isinstance(value, list | tuple):
-            found += [entry for entry in value if isinstance(entry, torch.Tensor)]
+            found += _tensors(*value)
+        elif isinstance(value, dict):
+            found += _tensors(*value.values())
     return found
 
 
