@@ -17,11 +17,16 @@ _writing = threading.RLock()
 
 class _Written(_LazyGraphModule):
     """Chunks on separate cores call it first at the same time, and a graph that two threads write out names nodes of
-    one as the other does."""
+    one as the other does. A `forward` taken before is called in each step: it calls the code, and nothing around it."""
 
     def real_recompile(self) -> None:
-        with _writing:
-            super().real_recompile()
+        if self._needs_recompile():
+            with _writing:
+                super().real_recompile()
+
+    def _lazy_forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.real_recompile()
+        return self.forward(*args, **kwargs)
 
 
 def graph_module(root: Any, graph: fx.Graph) -> fx.GraphModule:
