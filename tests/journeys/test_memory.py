@@ -31,10 +31,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / TIMES)
 def faults_of_a_step(mb: int, before: str = "", **environment: str) -> float:
     """Fresh pages that a step of a stack of 8 asks for whose results have so many MB, when it has run for a while."""
     alive, times = (8, 20) if mb < 10 else (2, 8)  # on some machines a gigabyte of fresh pages takes seconds
-    sizes = {"COUNT": mb << 15, "ALIVE": alive, "TIMES": times}
-    program = before + functools.reduce(lambda text, name: text.replace(name, str(sizes[name])), sizes, STEPS)
+    program = STEPS.replace("COUNT", str(mb << 15)).replace("ALIVE", str(alive)).replace("TIMES", str(times))
     environment = {**os.environ, **environment}
-    command = [sys.executable, "-c", program]
+    command = [sys.executable, "-c", before + program]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100, env=environment)
     return float(run.stdout)
 

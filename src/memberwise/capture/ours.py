@@ -206,7 +206,7 @@ def _is_faster(node: fx.Node, given: tuple[Any, ...], operands: dict[fx.Node, Op
         if own.by_member:
             most = max(1, min(MOST // max(1, math.prod(one.shape[1:])) for one in given if _is_tensor(one)))
         idle = timed_on(Operand.one) if own.of_one else [0.0, 0.0]
-        return [taken - own for taken, own in zip(timed_on(lambda one: one.example(most)), idle, strict=True)]
+        return [taken - called for taken, called in zip(timed_on(lambda one: one.example(most)), idle, strict=True)]
 
     return is_faster((str(node.target), args, kwargs), seconds)
 
