@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+FEWEST = 3
+"""Rounds of a rival, however long its steps: a ratio of one pair of neighbours has no interval."""
+
 Step = Callable[[int], object]
 """Runs training step number i, or the i-th call of several steps."""
 
@@ -24,7 +27,7 @@ def finisher(device: str) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class Pace:
-    """How long to measure: `rounds` blocks of at least `block_s` seconds, `budget_s` in all for each rival.
+    """How long to measure: `rounds` blocks of at least `block_s` seconds, but no more once a rival took `budget_s`.
 
     Before each block of several calls the rival runs as many without the clock: after the others had their turn its
     state is no longer in the cache, nor the processor at its pace, for some twenty milliseconds, and nobody trains so.
@@ -74,14 +77,15 @@ def interleaved(
     """Seconds a step in each round, by rival. Sample i of one and sample i of another were neighbours.
 
     The order within a round is drawn anew for each. A rival whose budget is spent runs in no further round:
-    it has fewer samples than `pace.rounds`, and at least one. `together` says whose calls are several steps.
+    it has fewer samples than `pace.rounds`, and at least `FEWEST`. `together` says whose calls are several steps.
     """
     order = random.Random(seed)
     runners = {name: Runner(step, finish, (together or {}).get(name, 1)) for name, step in steps.items()}
     for runner in runners.values():
         runner.calls = _calls_of_a_block(runner, pace)
+        runner.spent = 0.0  # a first step may still compile
     for number in range(pace.rounds):
-        names = [name for name, runner in runners.items() if number == 0 or runner.spent < pace.budget_s]
+        names = [name for name, runner in runners.items() if number < FEWEST or runner.spent < pace.budget_s]
         for name in order.sample(names, len(names)):
             runners[name].samples.append(runners[name].block())
     return {name: runner.samples for name, runner in runners.items()}
