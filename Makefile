@@ -18,9 +18,10 @@ THIRD := .venv-third-party
 
 # Small tensors run fastest on one thread; the tests use the cores by running side by side.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+SIDE_BY_SIDE := -n auto --maxprocesses=8 --dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types doctest snippets imports check check-capture check-plans check-fuzz coverage check-modules \
+.PHONY: help demo test lint format types doctest snippets imports check check-long check-capture check-plans check-fuzz coverage check-modules \
         check-operations check-mutations check-torch-tests bench bench-first bench-overhead readme clean
 
 help: ## list the targets
@@ -35,11 +36,11 @@ demo: $(READY) ## train 32 members on scikit-learn's digits as one stack; ARGS="
 
 test: $(READY) ## run the tests, side by side on all cores; ARGS="-k vmap" picks some
 	@$(PYTHON) tools/preflight.py compiler
-	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=worksteal $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not long" $(ARGS)
 
 # -- the checks of .ci/run
 
-check: lint imports types test doctest snippets ## all of them
+check: lint imports types doctest snippets check-long test ## all of them
 
 lint: $(READY) ## ruff: faults and formatting
 	$(BIN)/ruff check .
@@ -62,18 +63,22 @@ doctest: $(READY) ## the examples in the docstrings
 snippets: $(READY) ## the examples in README.md and docs/
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/journeys/test_snippets.py
 
+check-long: $(READY) ## tests that start other processes, seconds each; another minute after make test
+	@$(PYTHON) tools/preflight.py compiler
+	$(ONE_THREAD) $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m long $(ARGS)
+
 check-mutations: $(READY) ## break each rule in turn, and demand that the tests notice
 	$(ONE_THREAD) $(BIN)/python tools/mutations.py $(ARGS)
 
 check-capture: $(READY) ## captured steps, compiled, against eager ones over 50 steps; minutes of compiling
-	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=worksteal tests/parity/check_capture.py $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/parity/check_capture.py $(ARGS)
 
 PLANS := graph one-by-one two-by-two lanes ours
 CAPTURED := tests/parity/test_capture*.py tests/parity/test_optim_capture.py tests/properties/test_capture.py
 
 check-plans: $(READY) ## the tests of captured steps, with each way to run them forced; six minutes
 	@for plan in $(PLANS); do echo "MEMBERWISE_PLAN=$$plan"; MEMBERWISE_PLAN=$$plan $(ONE_THREAD) $(BIN)/python -m pytest \
-		-n auto --maxprocesses=8 --dist=worksteal -m "not chooses" $(CAPTURED) || exit 1; done
+		$(SIDE_BY_SIDE) -m "not chooses" $(CAPTURED) || exit 1; done
 
 check-fuzz: $(READY) ## random programs and histories, stack against loop; ARGS="--programs 100000 --sequences 5000" records
 	$(ONE_THREAD) $(BIN)/python -m survey.fuzz.run $(ARGS)

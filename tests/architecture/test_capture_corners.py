@@ -276,6 +276,7 @@ def test_recurrent_layers_without_onednn() -> None:
     assert torch.backends.mkldnn.enabled == torch.backends.mkldnn.is_available()
 
 
+@pytest.mark.long
 def test_a_missing_compiler_is_told() -> None:
     """Breaks: a step would fail, or wait, where it should say that it runs eagerly."""
     assert not inductor.compiler_missing()
@@ -398,6 +399,7 @@ def test_a_program_tried_in_inference_mode_counts_what_it_writes() -> None:
     assert isinstance(run, entry.Entry) and run.changed == [0]
 
 
+@pytest.mark.long
 def test_a_captured_step_in_another_process_needs_no_inductor() -> None:
     """Breaks: the first captured step of each process takes two seconds more; what is built ahead on a new machine
     would be looked for, and not found, on any."""

@@ -275,6 +275,7 @@ def test_a_detached_row_shares_the_count_of_writes_and_is_no_view() -> None:
     assert not row._is_view() and versions.version(whole) == versions.version(row) == 1
 
 
+@pytest.mark.long
 def test_users_functions_are_noted() -> None:
     """Breaks: backward code of a user's Function would run outside of the call that made its node."""
     code = """
@@ -297,6 +298,7 @@ assert functions.users_functions()
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
 
+@pytest.mark.long
 def test_functions_of_custom_operations_are_noted() -> None:
     """Breaks: the same, for `torch.library`: the class is torch's, its backward somebody else's code."""
     code = """

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 STEPS = """
 import gc, resource
 import torch, memberwise

@@ -90,6 +90,7 @@ class TestFunctionalize(unittest.TestCase):
 }
 
 
+@pytest.mark.long
 def test_a_run_writes_down_each_test(tmp_path: Path) -> None:
     for name, text in TESTS.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

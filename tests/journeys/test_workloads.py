@@ -420,6 +420,7 @@ def test_the_plot_has_a_line_a_rival_and_the_floor(sound: dict[str, Any]) -> Non
     assert lines["one"] == [(M, sound["figures"][0]["us"]["median"])]
 
 
+@pytest.mark.long
 def test_a_published_file_of_workloads_keeps_the_schema() -> None:
     for path in run.RESULTS.glob("workloads*.json"):
         assert schema.problems(json.loads(path.read_text())) == [], path.name

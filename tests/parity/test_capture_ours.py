@@ -310,6 +310,7 @@ def _multiplied(scale: float = 0.5) -> tuple[fx.GraphModule, Callable[[], list[t
     return fx.GraphModule({}, graph), lambda: [torch.full((2, 3, 3), -1.0), torch.ones(2, 3, 3)]
 
 
+@pytest.mark.long
 def test_another_process_finds_the_kernel_without_a_compiler() -> None:
     """Breaks (`aot_inductor.custom_ops_to_c_shims`): wrappers in C++ would call ours by Python, or not at all."""
     code = """

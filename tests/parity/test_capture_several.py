@@ -14,6 +14,7 @@ from memberwise import optim
 from memberwise.capture import compile, plan, step
 from memberwise.capture.chunks import Chunks
 from memberwise.capture.clock import Clock
+from memberwise.capture.remembered import Remembered
 from memberwise.construction import build, stack
 from memberwise.errors import ArgumentError
 from memberwise.trees import each
@@ -231,8 +232,8 @@ def test_a_gradient_that_is_returned_is_kept_of_each_step() -> None:
     assert ours.captured.programs[0].fleeting != set()  # the bias's
 
 
-def test_candidates_are_timed_on_as_many_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+def test_candidates_are_timed_on_as_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Remembered, "get", lambda _: None)
     captured = compile(training("mlp", "sgd", members=4).step, backend="fx", steps_per_call=5).captured
     as_if_compiled(captured, monkeypatch)
     counts: list[int] = []

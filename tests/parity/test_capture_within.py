@@ -226,6 +226,7 @@ print(most() - before)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="tells of memory on Linux")
 def test_the_process_takes_less_memory() -> None:
     """A step for all holds more than half a gigabyte of activations."""

@@ -161,6 +161,7 @@ def test_the_report_reads_and_saves() -> None:
         assert word in text
 
 
+@pytest.mark.long
 def test_rich_is_loaded_only_to_print() -> None:
     script = (
         "import sys, torch, memberwise\n"

@@ -135,6 +135,7 @@ def test_different_seeds_differ_and_equal_seeds_agree() -> None:
     assert torch.equal(losses[0], losses[2]) and not torch.equal(losses[0], losses[1])
 
 
+@pytest.mark.long
 def test_as_a_program_the_script_prints_the_members_weights() -> None:
     """The script is a plain program that knows nothing of us; its printed numbers are the member's."""
     path = Path(mlp.__file__)

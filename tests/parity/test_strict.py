@@ -67,6 +67,7 @@ def test_what_a_member_raises_alone_stays_its_own_error() -> None:
     assert not isinstance(caught.value, EngineError)
 
 
+@pytest.mark.long
 def test_the_variable_switches_it_on() -> None:
     code = (
         "import os, importlib; from memberwise.engine import strict\n"
