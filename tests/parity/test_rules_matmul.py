@@ -9,13 +9,15 @@ from torch.nn import functional as F
 
 import memberwise
 from memberwise.rules import matmul
-from memberwise.rules.matmul import batched, batched_plus, is_narrow, left_over
+from memberwise.rules.matmul import batched, batched_plus, is_narrow, left_over, product
 from tests.parity.rule_case import RuleCase, case, of
 
 _aten = torch.ops.aten
 
 CASES = [
     case(_aten.mm.default, of(2, 3), of(3, 4), batch_dims=(0, None)),
+    case(_aten.mm.default, of(3, 2).t(), of(3, 4), batch_dims=(0, None), name="turned"),
+    case(_aten.mm.default, of(3, 2).t(), of(4, 3).t(), batch_dims=(0, None), name="both turned"),
     case(_aten.mm.default, of(9, 3), of(3, 3), name="narrow"),
     case(_aten.mm.default, of(9, 1), of(1, 3), name="outer"),
     case(_aten.mm.default, of(2, 0), of(0, 4), name="of nothing", dtypes=()),
@@ -50,6 +52,18 @@ def test_narrow_results_are_those_that_were_measured() -> None:
     assert not is_narrow(256, 16, like) and not is_narrow(64, 33, like) and not is_narrow(32, 12, like)
     assert not is_narrow(256, 1, like), "one column is a vector"
     assert not is_narrow(256, 10, like.bfloat16()), "not MKL's"
+
+
+def test_a_gradients_columns_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of all members in one piece would be a copy, and in bfloat16 nine times as long in the product."""
+    monkeypatch.setattr(torch, "mm", lambda *_: pytest.fail("one product of all rows"))
+    turned, shared = of(2, 3, 4).transpose(1, 2), of(3, 5)
+    torch.testing.assert_close(product(turned, 0, shared, None), turned @ shared)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "bmm", lambda *_: pytest.fail("a product of each member's rows"))
+    for rows in (turned.contiguous(), of(2, 1, 3)):
+        torch.testing.assert_close(product(rows, 0, shared, None), rows @ shared)
+    torch.testing.assert_close(product(turned, 0, shared.t().contiguous().t(), None), turned @ shared)
 
 
 @pytest.fixture
