@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import subprocess
 import sys
@@ -82,6 +83,23 @@ def test_where_it_does_not_serve_torch_multiplies() -> None:
         assert of(*other) == ["aten.bmm.default"], other
     for side in [(4, 1, 6), (4, 5, 1)]:
         assert of(torch.float32, *side) == ["aten.bmm.default"], "the compiler makes it a part of what is around"
+
+
+@pytest.mark.usefixtures("_ours")
+def test_a_bias_is_added_where_that_is_rounded_once() -> None:
+    """In float32 a compiler adds it in what follows."""
+    half = torch.bfloat16
+    for bias in ((3, 1, 6), (1, 1, 6), (6,)):
+        factors = torch.ones(3, 4, 5, dtype=half), torch.ones(3, 5, 6, dtype=half)
+        assert _chosen(torch.baddbmm, torch.ones(bias, dtype=half), *factors) == ["memberwise.product_plus.default"]
+    alone = torch.ones(6, dtype=half), torch.ones(4, 5, dtype=half), torch.ones(5, 6, dtype=half)
+    assert _chosen(torch.addmm, *alone) == ["memberwise.product_plus.default"]
+    wide = [one.float() for one in alone]
+    assert _chosen(torch.addmm, *wide) == ["memberwise.product.default"]
+    for other in ((4, 6), (4, 1), (1,)):
+        assert _chosen(torch.addmm, torch.ones(other, dtype=half), *alone[1:]) == ["aten.addmm.default"], other
+    scaled = functools.partial(torch.addmm, beta=0.5)
+    assert _chosen(scaled, *alone) == ["aten.addmm.default"]
 
 
 @pytest.mark.chooses

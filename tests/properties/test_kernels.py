@@ -16,7 +16,7 @@ from memberwise.kernels.attention import (
 )
 from memberwise.kernels.convolution import convolution3x3, convolution3x3_backward
 from memberwise.kernels.library import available
-from memberwise.kernels.product import product
+from memberwise.kernels.product import product, product_plus
 from memberwise.testing.tolerance import assert_equal
 
 pytestmark = pytest.mark.skipif(not available("product"), reason="no C++ compiler, or a processor without AVX2")
@@ -59,6 +59,21 @@ def test_products(members: int, m: int, n: int, k: int, left: str, right: str, d
     assert found.is_contiguous()
     assert_equal(found / max(1, k) ** 0.5, expected / max(1, k) ** 0.5)
     assert torch.equal(product(a[0], b[0]), found[0])
+
+
+@given(st.integers(1, 4), SIZES, SIZES, SIZES, ORDERS, ORDERS, st.sampled_from([1, 2, 3]), st.integers(0, 99))
+@example(2, 15, 33, 65, "rows", "columns", 3, 0)
+@example(3, 40, 64, 64, "columns", "rows", 1, 0)
+@example(1, 193, 20, 300, "apart", "shared", 2, 0)
+def test_products_and_a_bias(members: int, m: int, n: int, k: int, left: str, right: str, kind: int, seed: int) -> None:
+    """One a member, one for all, or without a member axis; rounded once, which an addition afterwards would not be."""
+    a, b = (_matrix(members, *of, seed).bfloat16() for of in ((m, k, left), (k, n, right)))
+    bias = torch.randn(members if kind == 3 else 1, 1, n, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    bias = bias.reshape(n) if kind == 1 else bias
+    found, expected = product_plus(bias, a, b), torch.baddbmm(bias.double(), a.double(), b.double()).bfloat16()
+    assert found.is_contiguous()
+    assert_equal(found / max(1, k) ** 0.5, expected / max(1, k) ** 0.5)
+    assert torch.equal(product_plus(bias.flatten()[:n], a[0], b[0]), found[0])
 
 
 @pytest.mark.parametrize("members, m", [(1, 15), (1, 16), (1, 500), (3, 20), (40, 64)])

@@ -20,7 +20,7 @@ from memberwise.capture.record import shapes
 from memberwise.kernels.attention import attention, attention_backward
 from memberwise.kernels.convolution import convolution3x3, convolution3x3_backward
 from memberwise.kernels.library import available
-from memberwise.kernels.product import product
+from memberwise.kernels.product import product, product_plus
 
 GAIN = 0.95
 """What part of the time of torch's own an operation must take."""
@@ -42,6 +42,13 @@ Run = Callable[[], object]
 def _multiplied(a: Any, b: Any) -> tuple[Any, ...] | None:
     """A product with a side of one is none to Inductor, which fuses it with what is around."""
     return (a, b) if min(*a.shape[-2:], *b.shape[-2:]) > 1 else None
+
+
+def _multiplied_plus(bias: Any, a: Any, b: Any, **scales: Any) -> tuple[Any, ...] | None:
+    """A bias of each column."""
+    row = len(bias.shape) == 1 or (len(bias.shape) == 3 and bias.shape[1] == 1)
+    dense = row and bias.shape[-1] == b.shape[-1] and bias.stride[-1] == 1
+    return (bias, a, b) if dense and not scales and _multiplied(a, b) else None
 
 
 def _attended(
@@ -105,9 +112,12 @@ class Ours(NamedTuple):
 
 _aten = torch.ops.aten
 _PRODUCT = Ours("product", product, _multiplied, (torch.bfloat16, torch.float32, torch.float64), of_one=True)
+_PLUS = Ours("product", product_plus, _multiplied_plus, (torch.bfloat16,), of_one=True)
 OURS = {
     _aten.bmm.default: _PRODUCT,
     _aten.mm.default: _PRODUCT,
+    _aten.baddbmm.default: _PLUS,
+    _aten.addmm.default: _PLUS,
     _aten._scaled_dot_product_flash_attention_for_cpu.default: Ours("attention", attention, _attended),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: Ours(
         "attention", attention_backward, _attended_backward

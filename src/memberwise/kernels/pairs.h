@@ -62,14 +62,20 @@ inline void pack(Strided<Half> b, int64_t deep, int64_t width, uint32_t* to, int
     }
 }
 
+// so many numbers, as float32
+inline V32 widened(const Half* from, int64_t count) {
+    return (V32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), from)), 16);
+}
+
 // a tile of TALL rows or fewer; the left factor's rows are `row` numbers apart, its pairs `step`
 template <int HEIGHT, int VECTORS>
-inline void tile(const Half* a, int64_t row, int64_t step, const uint32_t* b, int64_t deep, Half* c, int64_t to,
-                 int64_t width) {
+inline void tile(const Half* a, int64_t row, int64_t step, const uint32_t* b, int64_t deep, const Half* bias, Half* c,
+                 int64_t to, int64_t width) {
     V32 sum[HEIGHT][VECTORS];
+    for (int v = 0; v < VECTORS; v++) sum[0][v] = bias ? widened(bias + v * PAIRS, width - v * PAIRS) : each(0.0f);
 #pragma GCC unroll 14
-    for (int i = 0; i < HEIGHT; i++)
-        for (int v = 0; v < VECTORS; v++) sum[i][v] = each(0.0f);
+    for (int i = 1; i < HEIGHT; i++)
+        for (int v = 0; v < VECTORS; v++) sum[i][v] = sum[0][v];
     for (int64_t l = 0; l < deep; l++) {
         __m512bh right[VECTORS];
         for (int v = 0; v < VECTORS; v++) right[v] = (__m512bh)_mm512_loadu_si512(b + l * COLUMNS + v * PAIRS);
@@ -88,7 +94,8 @@ inline void tile(const Half* a, int64_t row, int64_t step, const uint32_t* b, in
                                      (__m256i)_mm512_cvtneps_pbh(sum[i][v]));
 }
 
-using HalfTile = void (*)(const Half*, int64_t, int64_t, const uint32_t*, int64_t, Half*, int64_t, int64_t);
+using HalfTile = void (*)(const Half*, int64_t, int64_t, const uint32_t*, int64_t, const Half*, Half*, int64_t,
+                          int64_t);
 
 template <int VECTORS, int HEIGHT = TALL>
 HalfTile half_tile_of(int height) {
@@ -96,8 +103,9 @@ HalfTile half_tile_of(int height) {
     else return height == HEIGHT ? tile<HEIGHT, VECTORS> : half_tile_of<VECTORS, HEIGHT - 1>(height);
 }
 
-// c = a b: rows x n numbers, whose rows are `to` apart
-inline void multiply(Strided<Half> a, Strided<Half> b, Half* c, int64_t to, int64_t rows, int64_t n, int64_t k) {
+// c = bias + a b: rows x n numbers, whose rows are `to` apart; of a bias n, or null
+inline void multiply(Strided<Half> a, Strided<Half> b, const Half* bias, Half* c, int64_t to, int64_t rows, int64_t n,
+                     int64_t k) {
     thread_local Panel lefts, rights;
     const int64_t deep = (k + 1) / 2, blocks = (rows + TALL - 1) / TALL;
     int64_t step = 2;
@@ -115,7 +123,8 @@ inline void multiply(Strided<Half> a, Strided<Half> b, Half* c, int64_t to, int6
         for (int64_t block = 0, i = 0; block < blocks; block++) {
             const int height = (rows - i) / (blocks - block);
             const HalfTile run = width > PAIRS ? half_tile_of<2>(height) : half_tile_of<1>(height);
-            run(a.data + i * a.row, a.row, step, right, deep, c + i * to + j, to, width);
+            run(a.data + i * a.row, a.row, step, right, deep, bias ? bias + j : nullptr, c + i * to + j, to,
+                width);
             i += height;
         }
     }
@@ -133,20 +142,40 @@ inline float widened(Half x) {
 inline Half rounded(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
-    return std::isnan(x) ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
 }
 
+// the numbers of m x n, along what is dense; they lie as they did
+struct Wide {
+    std::vector<float> held;
+    Strided<float> of(Strided<Half> x, int64_t m, int64_t n) {
+        const bool turned = x.row == 1;
+        if (turned) std::swap(m, n), x = x.turned();
+        if (int64_t(held.size()) < m * n) held.resize(m * n);
+        for (int64_t i = 0; i < m; i++) {
+            float* to = held.data() + i * n;
+            const Half* from = x.at(i, 0);
+            if (x.column == 1) for (int64_t j = 0; j < n; j++) to[j] = widened(from[j]);
+            else for (int64_t j = 0; j < n; j++) to[j] = widened(from[j * x.column]);
+        }
+        const Strided<float> made{held.data(), n, 1};
+        return turned ? made.turned() : made;
+    }
+};
+
 // the same, for a processor that does not know such numbers
-inline void multiply(Strided<Half> a, Strided<Half> b, Half* c, int64_t to, int64_t rows, int64_t n, int64_t k) {
-    const auto all = [](Strided<Half> x, int64_t m, int64_t n) {
-        std::vector<float> wide(m * n);
-        for (int64_t i = 0; i < m * n; i++) wide[i] = widened(*x.at(i / n, i % n));
-        return wide;
-    };
-    const std::vector<float> left = all(a, rows, k), right = all(b, k, n);
-    std::vector<float> found(rows * n);
-    multiply<float>({left.data(), k, 1}, {right.data(), n, 1}, found.data(), n, rows, n, k);
-    for (int64_t i = 0; i < rows * n; i++) c[i / n * to + i % n] = rounded(found[i]);
+inline void multiply(Strided<Half> a, Strided<Half> b, const Half* bias, Half* c, int64_t to, int64_t rows, int64_t n,
+                     int64_t k) {
+    thread_local Wide left, right;
+    thread_local std::vector<float> found;
+    if (int64_t(found.size()) < rows * n) found.resize(rows * n);
+    if (k == 0) std::fill_n(found.data(), rows * n, 0.0f);
+    multiply<float>(left.of(a, rows, k), right.of(b, k, n), found.data(), n, rows, n, k);
+    for (int64_t i = 0; i < rows; i++) {
+        const float* from = found.data() + i * n;
+        if (bias) for (int64_t j = 0; j < n; j++) c[i * to + j] = rounded(from[j] + widened(bias[j]));
+        else for (int64_t j = 0; j < n; j++) c[i * to + j] = rounded(from[j]);
+    }
 }
 
 #endif

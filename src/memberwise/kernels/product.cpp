@@ -29,12 +29,12 @@ struct Ahead {  // what the next task reads and writes, asked for while this one
     }
 };
 
-// of all members; c is dense, of a and b the strides are told
+// of all members; c is dense, of a and b the strides are told; a bias of each column, or null, is bfloat16's alone
 template <class T>
 struct Products {
     T* c;
-    const T *a, *b;
-    int64_t members, m, n, k;
+    const T *bias, *a, *b;
+    int64_t members, m, n, k, apart;  // from one member's bias to the next's
     const int64_t *left, *right;
     int64_t parts = even(std::max<int64_t>(1, parts_of(m, ROWS))), tasks = members * parts;
 
@@ -53,6 +53,7 @@ struct Products {
     }
     Strided<T> rows(Task of) const { return {a + of.member * left[0] + of.begin * left[1], left[1], left[2]}; }
     Strided<T> other(Task of) const { return {b + of.member * right[0], right[1], right[2]}; }
+    const T* added(Task of) const { return bias ? bias + of.member * apart : nullptr; }
     T* out(Task of) const { return c + (of.member * m + of.begin) * n; }
 
     // whether tasks wait for memory, and the next one's fits beside
@@ -77,7 +78,7 @@ struct Products {
             const Task now = task(which);
             const int64_t count = now.end - now.begin;
             if constexpr (sizeof(T) == 2) {  // by pairs, which is not known to gain by it
-                multiply(rows(now), other(now), out(now), n, count, n, k);
+                multiply(rows(now), other(now), added(now), out(now), n, count, n, k);
             } else {
                 const Ahead ahead = asks && which + 1 < tasks ? before(task(which + 1), now) : Ahead{};
                 multiply(rows(now), other(now), out(now), n, count, n, k, false, ahead);
@@ -89,11 +90,13 @@ struct Products {
 }  // namespace
 
 // `bytes` of a number: 2 (bfloat16), 4 or 8
-extern "C" void memberwise_products(void* c, const void* a, const void* b, int bytes, int64_t members, int64_t m,
-                                    int64_t n, int64_t k, const int64_t* left, const int64_t* right) {
+extern "C" void memberwise_products(void* c, const void* bias, const void* a, const void* b, int bytes, int64_t members,
+                                    int64_t m, int64_t n, int64_t k, int64_t apart, const int64_t* left,
+                                    const int64_t* right) {
     const auto of = [&](auto* out) {
         using T = std::remove_pointer_t<decltype(out)>;
-        Products<T>{out, static_cast<const T*>(a), static_cast<const T*>(b), members, m, n, k, left, right}.run();
+        const auto given = [](const void* x) { return static_cast<const T*>(x); };
+        Products<T>{out, given(bias), given(a), given(b), members, m, n, k, apart, left, right}.run();
     };
     if (bytes == 2) of(static_cast<Half*>(c));
     else if (bytes == 4) of(static_cast<float*>(c));
@@ -101,7 +104,8 @@ extern "C" void memberwise_products(void* c, const void* a, const void* b, int b
 }
 
 // the same for Inductor's code: of (M, m, k) and (M, k, n), or of (m, k) and (k, n)
-extern "C" AOTITorchError aoti_torch_cpu_product(AtenTensorHandle a, AtenTensorHandle b, AtenTensorHandle* product) {
+static AOTITorchError multiplied(const void* bias, int64_t apart, AtenTensorHandle a, AtenTensorHandle b,
+                                 AtenTensorHandle* product) {
     int64_t dim, *as, *bs, *left, *right;
     int32_t dtype;
     void *x, *y, *z;
@@ -121,6 +125,23 @@ extern "C" AOTITorchError aoti_torch_cpu_product(AtenTensorHandle a, AtenTensorH
     CHECKED(aoti_torch_get_data_ptr(*product, &z));
     const int64_t first[3] = {many ? left[0] : 0, left[dim - 2], left[dim - 1]};
     const int64_t second[3] = {many ? right[0] : 0, right[dim - 2], right[dim - 1]};
-    memberwise_products(z, x, y, aoti_torch_dtype_element_size(dtype), members, m, n, k, first, second);
+    const int bytes = aoti_torch_dtype_element_size(dtype);
+    memberwise_products(z, bias, x, y, bytes, members, m, n, k, apart, first, second);
     return AOTI_TORCH_SUCCESS;
+}
+
+extern "C" AOTITorchError aoti_torch_cpu_product(AtenTensorHandle a, AtenTensorHandle b, AtenTensorHandle* product) {
+    return multiplied(nullptr, 0, a, b, product);
+}
+
+// plus a bias of (M, 1, n), which may be one for all, or of (n)
+extern "C" AOTITorchError aoti_torch_cpu_product_plus(AtenTensorHandle bias, AtenTensorHandle a, AtenTensorHandle b,
+                                                      AtenTensorHandle* product) {
+    int64_t dim, *sizes, *strides;
+    void* x;
+    CHECKED(aoti_torch_get_dim(bias, &dim));
+    CHECKED(aoti_torch_get_sizes(bias, &sizes));
+    CHECKED(aoti_torch_get_strides(bias, &strides));
+    CHECKED(aoti_torch_get_data_ptr(bias, &x));
+    return multiplied(x, dim == 3 && sizes[0] > 1 ? strides[0] : 0, a, b, product);
 }
