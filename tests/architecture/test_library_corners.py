@@ -85,6 +85,7 @@ def test_what_is_built_ahead_is_built_once_and_waited_for(monkeypatch: pytest.Mo
     assert not waiting.is_alive() and done == ["broken", "one", "two"]
 
 
+@pytest.mark.long
 def test_headers_that_were_built_ahead_are_those_of_compiled_programs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,8 @@ INPUTS: dict[str, tuple[type[nn.Module], Callable[[], torch.Tensor]]] = {
     "transformer": (models.Transformer, lambda: torch.randint(0, CLASSES, (2, models.STEPS))),
     "lstm": (LSTM, lambda: torch.randn(4, 4, 3, dtype=torch.float64)),
 }
+KINDS = [pytest.param(kind, marks=pytest.mark.long) if kind == "transformer" else kind for kind in INPUTS]
+"""For tests of ways to run a step: of a transformer, fifty steps and chunks are looked at in any case."""
 
 
 def loss_fn(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from memberwise.capture import chunks, compile, plan
 from memberwise.capture.into import writing_into
 from memberwise.capture.lanes import in_lanes
 from memberwise.capture.program import Like
-from tests.parity.test_capture import INPUTS, training
+from tests.parity.test_capture import INPUTS, KINDS, training
 from tests.parity.test_capture_chunks import Clock, as_if_compiled
 from tests.parity.twins import assert_same
 
@@ -121,7 +121,7 @@ def test_lanes_may_be_shared_by_threads() -> None:
     assert sums == [50 * 10, 50 * 15]
 
 
-@pytest.mark.parametrize("kind", ["mlp", "cnn", "transformer", "lstm"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("size", "members", "lanes"), [(1, 5, 2), (2, 5, 2), (2, 4, 2), (1, 4, 3), (2, 7, 3)])
 def test_each_kind_trains_the_same(
     kind: str, size: int, members: int, lanes: int, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -135,6 +136,12 @@ def step_of(name: str, members: int = 3) -> tuple[Callable[..., Any], torch.Tens
     return step, torch.randn(shape)
 
 
+@functools.cache
+def program_of(name: str) -> Program:
+    """A step's recording, which takes seconds, and which nobody changes."""
+    return recorded(*step_of(name))
+
+
 def _plain(made: list[fx.GraphModule]) -> outline.Begin:
     """A compiler that notes what it is given, and changes nothing."""
 
@@ -173,7 +180,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("name", MODELS)
 def test_cut_it_computes_the_same(name: str) -> None:
-    program = recorded(*step_of(name))
+    program = program_of(name)
     made: list[fx.GraphModule] = []
     run, count = _cut(program, made)
     assert_the_same(program, run)
@@ -188,7 +195,7 @@ def test_neighbours_that_do_the_same_are_joined(name: str, joined: int, monkeypa
     monkeypatch.setattr(outline, "JOINED", (joined,))
     monkeypatch.setattr(outline, "LONG", 0)
     monkeypatch.setattr(outline, "MOST", 1.0)
-    program = recorded(*step_of(name))
+    program = program_of(name)
     runs = [region.form for region in regions.regions(program.graph.graph)]
     lengths = [len([*run]) for _, run in itertools.groupby(runs)]
     made: list[fx.GraphModule] = []
@@ -208,7 +215,7 @@ def test_as_few_are_joined_as_the_step_allows(
     monkeypatch.setattr(outline, "_seconds", lambda *_: (allowed + 0.5) * outline.CALL / outline.SHARE)
     monkeypatch.setattr(outline, "LONG", long)
     monkeypatch.setattr(outline, "MOST", 1.0)
-    program = recorded(*step_of("recurrent"))
+    program = program_of("recurrent")
     if joined is None:
         with pytest.raises(Uncut, match="too much of the step"):
             _cut(program, [])
@@ -220,7 +227,7 @@ def test_as_few_are_joined_as_the_step_allows(
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_that_a_region_gives_on_is_a_view(name: str) -> None:
     """Who writes to it could not tell what else it writes."""
-    program = recorded(*step_of(name))
+    program = program_of(name)
     for region in regions.regions(program.graph.graph):
         given = [region.nodes[k] for k in region.outputs]
         assert all(region.aliases.base(node) is node for node in given)
@@ -269,9 +276,10 @@ def test_what_is_not_cut(step: Callable[..., Any], reason: str) -> None:
 
 def test_a_short_step_is_not_cut() -> None:
     with pytest.raises(Uncut, match="too much of the step"):
-        _cut(recorded(*step_of("blocks")), [])
+        _cut(program_of("blocks"), [])
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("short")
 def test_chunks_of_a_cut_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the compiler is called: all at once and in chunks, each cut, train alike."""

@@ -18,7 +18,7 @@ from memberwise.capture.remembered import Remembered
 from memberwise.construction import build, stack
 from memberwise.errors import ArgumentError
 from memberwise.trees import each
-from tests.parity.test_capture import INPUTS, training
+from tests.parity.test_capture import INPUTS, KINDS, training
 from tests.parity.test_capture_chunks import Clock as PlannedClock
 from tests.parity.test_capture_chunks import as_if_compiled
 from tests.parity.twins import assert_same
@@ -82,7 +82,7 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("chunk", [10**6, 2, 1])
-@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_kind(kind: str, chunk: int, together: list[int]) -> None:
     """Dropout of each member's stream, statistics of BatchNorm, clipping, moments: all go on from step to step."""
     worlds = Worlds(lambda: training(kind, "adamw", members=4), chunk)

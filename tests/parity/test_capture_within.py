@@ -23,7 +23,7 @@ from memberwise.construction import build
 from memberwise.errors import ArgumentError, StackWarning
 from memberwise.metering import Meter
 from memberwise.trees import each
-from tests.parity.test_capture import INPUTS, training
+from tests.parity.test_capture import INPUTS, KINDS, training
 from tests.parity.twins import Twins
 
 BYTES = 1000
@@ -52,7 +52,7 @@ def twins_in_parts(make: Callable[[], SimpleNamespace], size: int) -> Twins:
 
 @pytest.mark.usefixtures("priced")
 @pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_training_in_parts(kind: str, size: int) -> None:
     twins = twins_in_parts(lambda: training(kind, "adamw", members=5), size)
     for _ in range(6):
