@@ -118,6 +118,7 @@ readme: $(READY) ## put the figures of benchmarks/results and demo-output into R
 
 # -- the virtual environment
 
+# Python files are compiled when they are imported, as a tenth of them will be: half of the time.
 $(READY): pyproject.toml constraints.txt tools/preflight.py
 	@command -v $(PYTHON) >/dev/null || { echo "No $(PYTHON) found. Install Python 3.11 or newer, \
 	or name one: make PYTHON=/path/to/python3 ..."; exit 1; }
@@ -126,7 +127,7 @@ $(READY): pyproject.toml constraints.txt tools/preflight.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@sed 's/^torch==.*/torch==$(or $(TORCH),$(shell sed -n 's/^torch==//p' constraints.txt))/' constraints.txt \
 	    > $(VENV)/constraints.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	@$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check \
 	    --constraint $(VENV)/constraints.txt --editable '.[dev,demo]'
 	@touch $@
 
