@@ -20,10 +20,6 @@ THIRD := .venv-third-party
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 SIDE_BY_SIDE := -n auto --maxprocesses=8 --dist=worksteal
 
-# Python files are compiled once, those that are imported: a tenth of what is installed, and half of the time.
-IMPORTED := memberwise, pytest, hypothesis, sklearn.datasets, matplotlib.pyplot, torch._inductor.compile_fx, \
-            torch.testing._internal.common_methods_invocations
-
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types doctest snippets imports check check-long check-capture check-plans check-fuzz coverage check-modules \
         check-operations check-mutations check-torch-tests bench bench-first bench-overhead readme clean
@@ -67,7 +63,7 @@ doctest: $(READY) ## the examples in the docstrings
 snippets: $(READY) ## the examples in README.md and docs/
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/journeys/test_snippets.py
 
-check-long: $(READY) ## tests that start other processes, seconds each; another minute after make test
+check-long: $(READY) ## tests that take seconds each, of other processes or of recordings; two minutes
 	@$(PYTHON) tools/preflight.py compiler
 	$(ONE_THREAD) $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m long $(ARGS)
 
@@ -130,9 +126,8 @@ $(READY): pyproject.toml constraints.txt tools/preflight.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@sed 's/^torch==.*/torch==$(or $(TORCH),$(shell sed -n 's/^torch==//p' constraints.txt))/' constraints.txt \
 	    > $(VENV)/constraints.txt
-	@$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    --constraint $(VENV)/constraints.txt --editable '.[dev,demo]'
-	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -W ignore -c "import $(IMPORTED)"
 	@touch $@
 
 $(BENCH): $(READY)
