@@ -40,23 +40,25 @@ class Pace:
 
 @dataclass
 class Runner:
-    """One rival at the start: how many calls a block has and steps a call, what it has measured and what that took."""
+    """One rival at the start: how many calls a block has and steps a call, and what it has measured."""
 
     step: Step
     finish: Callable[[], None] = nothing
     together: int = 1
     calls: int = 1
     done: int = 0
-    spent: float = 0.0
     samples: list[float] = field(default_factory=list)
 
     def block(self) -> float:
         """Seconds a step, over one block."""
         if self.calls > 1:
             self._run()
-        took = self._run()
-        self.spent += took
-        return took / self.calls / self.together
+        return self._run() / self.calls / self.together
+
+    @property
+    def spent(self) -> float:
+        """Seconds of its samples' blocks. Those before, which tell how many calls a block has, may still compile."""
+        return sum(self.samples) * self.calls * self.together
 
     def _run(self) -> float:
         begin = time.perf_counter()
@@ -83,7 +85,6 @@ def interleaved(
     runners = {name: Runner(step, finish, (together or {}).get(name, 1)) for name, step in steps.items()}
     for runner in runners.values():
         runner.calls = _calls_of_a_block(runner, pace)
-        runner.spent = 0.0  # a first step may still compile
     for number in range(pace.rounds):
         names = [name for name, runner in runners.items() if number < FEWEST or runner.spent < pace.budget_s]
         for name in order.sample(names, len(names)):

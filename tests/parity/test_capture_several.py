@@ -234,6 +234,7 @@ def test_a_gradient_that_is_returned_is_kept_of_each_step() -> None:
 
 def test_candidates_are_timed_on_as_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Remembered, "get", lambda _: None)
+    monkeypatch.setattr(Remembered, "put", lambda *_: None)
     captured = compile(training("mlp", "sgd", members=4).step, backend="fx", steps_per_call=5).captured
     as_if_compiled(captured, monkeypatch)
     counts: list[int] = []

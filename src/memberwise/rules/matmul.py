@@ -104,7 +104,7 @@ def _sparse(*factors: torch.Tensor) -> Decline | None:
 
 def product(a: torch.Tensor, a_dim: Any, b: torch.Tensor, b_dim: Any) -> torch.Tensor:
     """`(M, n, p)` of `(M, n, k)` or `(n, k)` times `(M, k, p)` or `(k, p)`, of which one is stacked."""
-    if b_dim is None and not (_is_turned(a) and not _is_turned(b)):  # the members' rows one above the other
+    if b_dim is None and (_is_turned(b) or not _is_turned(a)):  # the members' rows one above the other
         return torch.mm(a.flatten(0, 1), b).view(a.shape[0], a.shape[1], b.shape[1])
     size = (a if b_dim is None else b).shape[0]
     return batched(expanded(a, a_dim, size), expanded(b, b_dim, size))
